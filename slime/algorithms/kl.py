@@ -1,0 +1,25 @@
+"""Estimators of KL(policy || reference) from the log-probs of sampled tokens (Schulman, "Approximating KL divergence")."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KLType = Literal["k1", "k2", "k3", "low_var_kl"]
+
+
+def kl_estimate(log_probs_T: Tensor, ref_log_probs_T: Tensor, kind: KLType) -> Tensor:
+    """Per-token estimate [T] with d = log_probs - ref_log_probs.
+
+    k1: d, unbiased, may be negative. k2: d^2 / 2, biased, low variance. k3: exp(-d) - 1 + d, unbiased, never negative.
+    low_var_kl: k3 clamped to [-10, 10].
+    """
+    d = log_probs_T - ref_log_probs_T
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d**2 / 2
+    k3 = torch.expm1(-d) + d
+    return k3 if kind == "k3" else k3.clamp(-10, 10)

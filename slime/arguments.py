@@ -1,0 +1,138 @@
+"""The flags of a run: every group of slime.config and each backend's own, as one flat, frozen `Args`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slime.backends.fsdp_utils.arguments import FSDPConfig
+from slime.config.base import ConfigError, Group, flag_of
+from slime.config.flags import build_parser, check_value, read_config_file, settings_of, unknown_flag_error
+from slime.config.run import GROUPS, RunConfig
+from slime.config.validate import check_model_directory, resolve
+
+ALL_GROUPS: tuple[type[Group], ...] = (*GROUPS, FSDPConfig)
+PASS_THROUGH = {"--sglang-": "sglang_args", "--router-": "router_args"}
+
+# Engine flags that slime sets itself, with the setting to use instead.
+SGLANG_FLAGS_SET_BY_SLIME = {
+    "--model-path": "--hf-checkpoint",
+    "--tp-size": "--rollout-num-gpus-per-engine",
+    "--tensor-parallel-size": "--rollout-num-gpus-per-engine",
+    "--random-seed": "--rollout-seed",
+    "--host": None,
+    "--port": None,
+    "--nnodes": None,
+    "--node-rank": None,
+    "--dist-init-addr": None,
+    "--base-gpu-id": None,
+    "--gpu-id-step": None,
+    "--nccl-port": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(RunConfig, FSDPConfig):
+    """All settings of one run. Plug-ins receive it; core code asks for the narrow group it needs."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Args:
+    """Settings from flags (over --config, over defaults), resolved and checked against each other.
+
+    Raises ConfigError with one sentence where a flag is unknown, ill-typed or contradicts another.
+    """
+    tokens, passed_on = _split_pass_through(list(sys.argv[1:] if argv is None else argv))
+    parser = build_parser(ALL_GROUPS, prog="slime train", description="Post-train a language model with RL.")
+    namespace, unknown = parser.parse_known_args(tokens)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        if not name.startswith("--"):
+            raise ConfigError(f"Unexpected argument {name!r}: settings are given as --flag value.")
+        raise unknown_flag_error(name, _known_flags())
+    given = vars(namespace)
+    values = _from_file(given.pop("config")) if "config" in given else {}
+    values |= given
+    for name, extra in passed_on.items():
+        values[name] = values.get(name, []) + extra
+    args = resolve(Args(**values))
+    _check_supported(args)
+    return args
+
+
+def _known_flags() -> list[str]:
+    return [flag for group in ALL_GROUPS for setting in settings_of(group) for flag in setting.flags] + ["--config"]
+
+
+def _split_pass_through(tokens: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Separate --sglang-X and --router-X flags, with their values, from slime's own."""
+    known = set(_known_flags())
+    own: list[str] = []
+    passed_on: dict[str, list[str]] = {}
+    target = own
+    for token in tokens:
+        if token.startswith("--"):
+            name = token.partition("=")[0]
+            prefix = next((p for p in PASS_THROUGH if name.startswith(p)), None)
+            if prefix is None or name in known:
+                target = own
+            else:
+                target = passed_on.setdefault(PASS_THROUGH[prefix], [])
+                token = "--" + token.removeprefix(prefix)
+        target.append(token)
+    return own, passed_on
+
+
+def _from_file(path: str) -> dict[str, Any]:
+    settings = {setting.name: setting for group in ALL_GROUPS for setting in settings_of(group)}
+    values: dict[str, Any] = {}
+    for key, value in read_config_file(path).items():
+        prefix = next((p for p in PASS_THROUGH if flag_of(key).startswith(p) and key not in settings), None)
+        if key in settings:
+            values[key] = check_value(settings[key], value, source=f"--config {path}")
+        elif prefix is not None:
+            flag = "--" + flag_of(key).removeprefix(prefix)
+            values.setdefault(PASS_THROUGH[prefix], []).extend([flag] if value is True else [flag, str(value)])
+        else:
+            raise ConfigError(f"--config {path}: {unknown_flag_error(key, settings)}")
+    return values
+
+
+def _check_supported(args: Args) -> None:
+    if args.train_backend == "megatron":
+        raise ConfigError("--train-backend megatron is not available in this version: use --train-backend fsdp.")
+    for flag in args.sglang_args:
+        name = flag.partition("=")[0]
+        if name in SGLANG_FLAGS_SET_BY_SLIME:
+            instead = SGLANG_FLAGS_SET_BY_SLIME[name]
+            advice = f"use {instead}" if instead else "drop it"
+            raise ConfigError(f"--sglang-{name.removeprefix('--')} is set by slime: {advice}.")
+    _check_router_args(args.router_args)
+    check_model_directory(args.hf_checkpoint, "--hf-checkpoint")
+
+
+def _check_router_args(tokens: list[str]) -> None:
+    """Check flags of the router against the router that is installed."""
+    if not tokens:
+        return
+    from sglang_router.router_args import RouterArgs
+
+    from slime.config.flags import FlagParser
+
+    parser = FlagParser(prog="slime train", allow_abbrev=False, add_help=False)
+    RouterArgs.add_cli_args(parser, use_router_prefix=False, exclude_host_port=True)
+    _, unknown = parser.parse_known_args(tokens)
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        error = unknown_flag_error(unknown[0].partition("=")[0], known)
+        raise ConfigError(str(error).replace("--", "--router-").replace("`slime train --router-help`", "its own --help"))
+
+
+def settings_as_dict(args: Args) -> dict[str, Any]:
+    """All settings by name, as a config file would hold them."""
+    return dataclasses.asdict(args)

@@ -1,0 +1,1 @@
+"""One folder a library; each satisfies a seam and none knows another."""

@@ -1,0 +1,1 @@
+"""The TrainBackend on PyTorch FSDP2 and transformers."""

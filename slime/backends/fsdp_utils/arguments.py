@@ -1,0 +1,21 @@
+"""Settings that only the FSDP backend knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slime.config.base import Group, arg
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDPConfig(Group):
+    """FSDP: precision, attention and memory of the FSDP2 backend."""
+
+    attn_implementation: str = arg(
+        "packed", "Attention: packed (variable-length, exact), or a name that transformers knows, such as flash_attention_2."
+    )
+    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass.")
+    bf16: bool | None = arg(None, "Compute in bfloat16, weights in float32 (default: on GPUs).")
+    deterministic_mode: bool = arg(False, "Deterministic kernels only.")
+    fsdp_cpu_backend: Literal["gloo"] = arg("gloo", "Collectives of tensors on the CPU.")

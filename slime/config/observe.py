@@ -1,0 +1,32 @@
+"""What is recorded of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slime.config.base import Group, arg
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserveConfig(Group):
+    """Observation: run directory, trackers, debugging."""
+
+    run_dir: str | None = arg(None, "Metrics, samples, logs and report go here (default: --save, else runs/DATE-TIME).")
+    dry_run: bool = arg(False, "Check everything that can be checked without a cluster, print the plan, and end.")
+    debug_train_only: bool = arg(False, "No engines: the rollout function brings complete samples, as SFT does.")
+    log_level: Literal["debug", "info", "warning"] = arg("info", "Level of slime's own log.")
+    use_tensorboard: bool = arg(False, "Write TensorBoard events.")
+    tb_project_name: str | None = arg(None, "Folder of the events (default: RUN_DIR/tensorboard).")
+    tb_experiment_name: str | None = arg(None, "Folder below it.")
+    use_wandb: bool = arg(False, "Log to Weights & Biases.")
+    wandb_mode: Literal["online", "offline", "disabled"] | None = arg(None, "How wandb works (default: its own).")
+    wandb_dir: str | None = arg(None, "Folder of wandb's files (default: RUN_DIR).")
+    wandb_key: str | None = arg(None, "API key (default: WANDB_API_KEY).")
+    wandb_host: str | None = arg(None, "Address of a private server.")
+    wandb_team: str | None = arg(None, "Team (entity).")
+    wandb_group: str | None = arg(None, "Group, and start of the run's name.")
+    wandb_project: str | None = arg(None, "Project.")
+    wandb_run_id: str | None = arg(None, "Run to continue.")
+    wandb_random_suffix: bool = arg(True, "Add a random suffix to the run's name.", disable="--disable-wandb-random-suffix")
+    wandb_always_use_train_step: bool = arg(False, "Use train/step as the axis of everything.")

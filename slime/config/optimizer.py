@@ -1,0 +1,52 @@
+"""How the model is updated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slime.config.base import Group, arg, check, check_not_negative, check_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Group):
+    """Optimizer: batch arithmetic, AdamW, learning-rate schedule, clipping."""
+
+    global_batch_size: int | None = arg(None, "Samples of one optimizer step (default: those of a rollout).")
+    num_steps_per_rollout: int | None = arg(None, "Optimizer steps on one rollout; sets --global-batch-size.")
+    micro_batch_size: int = arg(1, "Samples of one forward on one rank, without --use-dynamic-batch-size.")
+    use_dynamic_batch_size: bool = arg(False, "Pack samples into micro-batches of at most --max-tokens-per-gpu.")
+    max_tokens_per_gpu: int | None = arg(None, "Tokens of one packed micro-batch on one rank.")
+    log_probs_max_tokens_per_gpu: int | None = arg(None, "The same where no gradient is taken (default: the same).")
+    balance_data: bool = arg(True, "Share samples among ranks by cost, the quadratic part of attention included.")
+    log_probs_chunk_size: int = arg(1024, "Tokens whose logits are held at once; memory is this x vocabulary x 4 bytes.")
+    optimizer: Literal["adam"] = arg("adam", "AdamW.")
+    lr: float = arg(1e-6, "Learning rate.")
+    min_lr: float = arg(0.0, "The schedule's lowest learning rate.")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = arg(
+        "constant", "Shape of the learning-rate schedule."
+    )
+    lr_decay_iters: int | None = arg(None, "Optimizer steps over which it decays (default: all of the run).")
+    lr_warmup_iters: int = arg(0, "Optimizer steps of linear warm-up.")
+    lr_warmup_fraction: float | None = arg(None, "Warm-up as a share of --lr-decay-iters.")
+    lr_warmup_init: float = arg(0.0, "Learning rate at the start of the warm-up.")
+    lr_wsd_decay_iters: int | None = arg(None, "Steps of the final decay of WSD.")
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = arg("exponential", "Shape of that decay.")
+    weight_decay: float = arg(0.0, "Decoupled weight decay, on matrices only.")
+    adam_beta1: float = arg(0.9, "Decay of the first moment.")
+    adam_beta2: float = arg(0.95, "Decay of the second moment.")
+    adam_eps: float = arg(1e-8, "Added to the root of the second moment.")
+    clip_grad: float = arg(1.0, "Largest gradient norm; 0: no clipping.")
+    max_skipped_steps: int = arg(3, "Optimizer steps skipped for NaN or inf before the run stops.")
+    seed: int = arg(1234, "Seed of the trainer.")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "global_batch_size", "num_steps_per_rollout", "micro_batch_size", "max_tokens_per_gpu")
+        check_positive(self, "log_probs_max_tokens_per_gpu", "log_probs_chunk_size", "lr_decay_iters")
+        check_positive(self, "lr_wsd_decay_iters", "adam_eps")
+        check_not_negative(self, "lr", "min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad")
+        check_not_negative(self, "max_skipped_steps")
+        check(self.min_lr <= self.lr, "min_lr", f"at most --lr {self.lr}", self.min_lr)
+        for name in ("adam_beta1", "adam_beta2"):
+            check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
+        super().__post_init__()

@@ -1,0 +1,64 @@
+"""How responses are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slime.config.base import Group, arg, check, check_not_negative, check_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Group):
+    """Rollout: engines, sampling parameters and the functions that may be replaced."""
+
+    hf_checkpoint: str = arg("", "Hugging Face directory: tokenizer, engine start, and the trainer's first weights.")
+    rollout_engine: Literal["auto", "sglang", "embedded"] = arg(
+        "auto", "What samples; auto is SGLang where it and a GPU are there, else the embedded engine."
+    )
+    rollout_function_path: str = arg(
+        "slime.rollout.sglang_rollout.generate_rollout", "The function that turns prompts into scored samples."
+    )
+    custom_generate_function_path: str | None = arg(None, "Replaces the generation of one sample only.")
+    rollout_batch_size: int | None = arg(None, "Prompts of one rollout (required).")
+    n_samples_per_prompt: int = arg(1, "Responses sampled for each prompt: the group.")
+    num_rollout: int | None = arg(None, "Rollouts in all. This or --num-epoch is required; this wins.")
+    num_epoch: int | None = arg(None, "Passes over the prompt data, instead of --num-rollout.")
+    start_rollout_id: int | None = arg(None, "First rollout (default: the one after the loaded checkpoint).")
+    rollout_temperature: float = arg(1.0, "Sampling temperature; log-probs of training are divided by it too.")
+    rollout_top_p: float = arg(1.0, "Nucleus sampling.")
+    rollout_top_k: int = arg(-1, "Sample among the k most likely tokens; -1: all.")
+    rollout_max_context_len: int | None = arg(None, "Longest prompt + response, in tokens (default: the model's).")
+    rollout_max_prompt_len: int | None = arg(None, "Longer prompts are left out (default: context - 1, where known).")
+    rollout_max_response_len: int = arg(1024, "Longest response, in tokens.")
+    rollout_skip_special_tokens: bool = arg(False, "Leave special tokens out of `Sample.response`.")
+    rollout_stop: list[str] | None = arg(None, "Strings that end a response.")
+    rollout_stop_token_ids: list[int] | None = arg(None, "Token ids that end a response.")
+    rollout_seed: int = arg(42, "Seed of the prompt order and of every sampled token.")
+    sglang_server_concurrency: int = arg(512, "Requests in flight per engine.")
+    sglang_router_ip: str | None = arg(None, "Address of an external router; with --sglang-router-port.")
+    sglang_router_port: int | None = arg(None, "Port of an external router.")
+    sglang_router_request_timeout_secs: int = arg(14400, "Deadline of one request through the router, in seconds.")
+    sglang_api_key: str | None = arg(None, "Key that engines ask for (default: none on one node, else a random one).")
+    sglang_args: list[str] = arg([], "Engine flags that came as --sglang-X, passed on without the prefix.")
+    router_args: list[str] = arg([], "Router flags that came as --router-X, passed on without the prefix.")
+    update_weight_transport: Literal["auto", "disk"] = arg("auto", "How weights reach the engines; auto is disk.")
+    update_weight_disk_dir: str | None = arg(
+        None, "Where the disk transport writes (default: the memory file system on one node, else the run directory)."
+    )
+    update_weight_buffer_size: int = arg(512 * 2**20, "Bytes gathered at once when weights are sent or exported.")
+    check_weight_update_equal: bool = arg(False, "After each update compare checksums of all tensors on both sides.")
+    use_fault_tolerance: bool = arg(True, "Restart engines and router that die or hang.")
+    rollout_health_check_interval: float = arg(5.0, "Seconds between two looks at each engine and the router.")
+    rollout_health_check_timeout: float = arg(30.0, "Seconds for an answer before an engine counts as hanging.")
+    max_engine_restarts: int = arg(10, "Restarts of engines and router in all before the run stops.")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "rollout_batch_size", "n_samples_per_prompt", "num_rollout", "num_epoch")
+        check_positive(self, "rollout_temperature", "rollout_max_response_len", "rollout_max_context_len")
+        check_positive(self, "rollout_max_prompt_len", "sglang_server_concurrency", "update_weight_buffer_size")
+        check_positive(self, "rollout_health_check_interval", "rollout_health_check_timeout")
+        check_not_negative(self, "start_rollout_id", "max_engine_restarts", "rollout_seed")
+        check(0 < self.rollout_top_p <= 1, "rollout_top_p", "above 0 and at most 1", self.rollout_top_p)
+        check(self.rollout_top_k == -1 or self.rollout_top_k > 0, "rollout_top_k", "-1 or above 0", self.rollout_top_k)
+        super().__post_init__()

@@ -1,0 +1,177 @@
+"""The rules between settings, and the settings that follow from others."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from slime.config.base import ConfigError
+from slime.config.run import RunConfig
+
+logger = logging.getLogger(__name__)
+
+RunT = TypeVar("RunT", bound=RunConfig)
+
+
+def resolve(config: RunT) -> RunT:
+    """`config` with every derived setting filled in. Raises ConfigError where settings contradict each other."""
+    for rule in (_cluster, _checkpoint, _batch, _algorithm, _rollout, _evaluate):
+        config = replace(config, **rule(config))
+    return config
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _cluster(config: RunConfig) -> dict[str, Any]:
+    if config.debug_train_only:
+        num_slots = 0
+    elif config.colocate:
+        num_slots = config.num_trainers
+    else:
+        _require(config.rollout_num_gpus is not None, "--rollout-num-gpus must be given, or --colocate.")
+        num_slots = config.rollout_num_gpus or 0
+    _require(
+        num_slots % config.rollout_num_gpus_per_engine == 0,
+        f"--rollout-num-gpus-per-engine {config.rollout_num_gpus_per_engine} must divide the {num_slots} rollout slots.",
+    )
+    _require(
+        config.colocate or not (config.offload or config.offload_train or config.offload_rollout),
+        "--offload, --offload-train and --offload-rollout need --colocate: otherwise nobody else wants the memory.",
+    )
+    return {
+        "rollout_num_gpus": num_slots,
+        "offload_train": config.colocate if config.offload_train is None else config.offload_train,
+        "offload_rollout": config.colocate if config.offload_rollout is None else config.offload_rollout,
+    }
+
+
+def _checkpoint(config: RunConfig) -> dict[str, Any]:
+    _require(config.save_hf is None or config.save is not None, "--save-hf needs --save: both are written together.")
+    _require(
+        config.save_interval is None or config.save is not None, "--save-interval needs --save: a folder to write to."
+    )
+    if not config.resume:
+        return {}
+    _require(
+        config.load in (None, config.save), f"--resume continues from --save {config.save}; drop --load {config.load}."
+    )
+    return {"load": config.save}
+
+
+def _batch(config: RunConfig) -> dict[str, Any]:
+    _require(config.rollout_batch_size is not None, "--rollout-batch-size must be given: the prompts of one rollout.")
+    _require(
+        config.num_rollout is not None or config.num_epoch is not None, "--num-rollout or --num-epoch must be given."
+    )
+    _require(
+        config.num_rollout is not None or config.rollout_global_dataset,
+        "--num-epoch counts passes over --prompt-data; with --disable-rollout-global-dataset give --num-rollout.",
+    )
+    _require(
+        not config.use_dynamic_batch_size or config.max_tokens_per_gpu is not None,
+        "--use-dynamic-batch-size needs --max-tokens-per-gpu.",
+    )
+    if config.max_tokens_per_gpu is not None and not config.use_dynamic_batch_size:
+        logger.warning("--max-tokens-per-gpu is ignored without --use-dynamic-batch-size")
+    num_samples = (config.rollout_batch_size or 0) * config.n_samples_per_prompt
+    global_batch_size = config.global_batch_size or num_samples // (config.num_steps_per_rollout or 1)
+    if config.num_steps_per_rollout is not None:
+        _require(
+            global_batch_size * config.num_steps_per_rollout == num_samples,
+            f"--num-steps-per-rollout {config.num_steps_per_rollout} x --global-batch-size {global_batch_size} is not "
+            f"--rollout-batch-size x --n-samples-per-prompt = {num_samples}.",
+        )
+    _require(
+        global_batch_size <= num_samples and num_samples % global_batch_size == 0,
+        f"--global-batch-size {global_batch_size} must divide --rollout-batch-size {config.rollout_batch_size} x "
+        f"--n-samples-per-prompt {config.n_samples_per_prompt} = {num_samples}.",
+    )
+    _require(
+        global_batch_size >= config.num_trainers,
+        f"--global-batch-size {global_batch_size} is smaller than the {config.num_trainers} trainer ranks.",
+    )
+    return {
+        "global_batch_size": global_batch_size,
+        "num_steps_per_rollout": num_samples // global_batch_size,
+        "log_probs_max_tokens_per_gpu": config.log_probs_max_tokens_per_gpu or config.max_tokens_per_gpu,
+    }
+
+
+def _algorithm(config: RunConfig) -> dict[str, Any]:
+    _require(
+        config.kl_coef == 0 or config.kl_loss_coef == 0,
+        "--kl-coef (reward shaping) and --kl-loss-coef (loss) exclude each other: set one of them to 0.",
+    )
+    _require(
+        config.kl_loss_coef == 0 or config.use_kl_loss, "--kl-loss-coef has no effect without --use-kl-loss: add it."
+    )
+    is_policy = config.loss_type == "policy_loss"
+    _require(
+        not is_policy
+        or config.n_samples_per_prompt > 1
+        or not config.rewards_normalization
+        or config.custom_reward_post_process_path is not None,
+        "--n-samples-per-prompt 1 leaves every advantage at 0: sample more, or --disable-rewards-normalization.",
+    )
+    _require(
+        config.kl_coef == 0 or config.custom_reward_post_process_path is None,
+        "--kl-coef shapes rewards before they are normalised; --custom-reward-post-process-path does that itself.",
+    )
+    return {
+        "eps_clip_high": config.eps_clip if config.eps_clip_high is None else config.eps_clip_high,
+        "grpo_std_normalization": config.grpo_std_normalization and config.n_samples_per_prompt > 1,
+    }
+
+
+def _rollout(config: RunConfig) -> dict[str, Any]:
+    _require(bool(config.hf_checkpoint), "--hf-checkpoint must be given: the Hugging Face directory of the model.")
+    _require(
+        not config.rollout_global_dataset or config.prompt_data is not None,
+        "--prompt-data must be given, or --disable-rollout-global-dataset.",
+    )
+    _require(
+        (config.sglang_router_ip is None) == (config.sglang_router_port is None),
+        "--sglang-router-ip and --sglang-router-port go together.",
+    )
+    max_prompt_len = config.rollout_max_prompt_len
+    if max_prompt_len is None and config.rollout_max_context_len is not None:
+        max_prompt_len = config.rollout_max_context_len - 1
+    return {"rollout_max_prompt_len": max_prompt_len}
+
+
+def _evaluate(config: RunConfig) -> dict[str, Any]:
+    _require(
+        (config.eval_interval is None) == (config.eval_prompt_data is None),
+        "--eval-interval and --eval-prompt-data go together.",
+    )
+    _require(
+        config.eval_interval is None or not config.debug_train_only,
+        "--eval-interval needs engines: drop it, or --debug-train-only.",
+    )
+    return {
+        "eval_input_key": config.eval_input_key or config.input_key,
+        "eval_label_key": config.eval_label_key or config.label_key,
+        "eval_tool_key": config.eval_tool_key or config.tool_key,
+        "eval_temperature": _first(config.eval_temperature, config.rollout_temperature),
+        "eval_top_p": _first(config.eval_top_p, config.rollout_top_p),
+        "eval_top_k": _first(config.eval_top_k, config.rollout_top_k),
+        "eval_max_response_len": _first(config.eval_max_response_len, config.rollout_max_response_len),
+        "eval_max_prompt_len": _first(config.eval_max_prompt_len, config.rollout_max_prompt_len),
+        "eval_max_context_len": _first(config.eval_max_context_len, config.rollout_max_context_len),
+        "eval_reward_key": _first(config.eval_reward_key, config.reward_key),
+    }
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def check_model_directory(path: str, flag: str) -> None:
+    """Raise ConfigError unless `path` is a directory with a config.json."""
+    _require(Path(path).is_dir(), f"{flag}: there is no directory {path}.")
+    _require((Path(path) / "config.json").is_file(), f"{flag}: {path} has no config.json; it must be a Hugging Face model.")

@@ -1,0 +1,125 @@
+"""What one rollout hands to training: `TrainBatch`, flat arrays that travel through shared memory without a copy.
+
+A worked example, two samples with 2 + 3 and 1 + 2 tokens of prompt + response:
+
+    tokens            = [p p a a a | q b b]      sum of total_lengths = 8
+    total_lengths     = [5, 3]
+    response_lengths  = [3, 2]
+    loss_mask         = [1 1 1 | 1 1]            sum of response_lengths = 5
+    rewards           = [1.0, 0.0]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slime.utils.types import Sample
+
+Array = NDArray[Any]
+
+
+def _per_sample() -> Any:
+    return field(metadata={"axis": "sample"})
+
+
+def _per_token() -> Any:
+    return field(metadata={"axis": "token"})
+
+
+def _per_response_token(**kw: Any) -> Any:
+    return field(metadata={"axis": "response"}, **kw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """The samples of one rollout as flat arrays (S samples). A new field is one line here; `select` follows the axes."""
+
+    tokens: Array = _per_token()  # int32, prompt + response of all samples
+    total_lengths: Array = _per_sample()  # int32 [S]
+    response_lengths: Array = _per_sample()  # int32 [S]
+    loss_mask: Array = _per_response_token()  # float32: 1 where a token is trained on
+    rollout_log_probs: Array | None = _per_response_token(default=None)  # float32, as the engine reported them
+    rewards: Array = _per_sample()  # float32 [S]
+    group_ids: Array = _per_sample()  # int64 [S], the samples of one prompt share one
+    sample_indices: Array = _per_sample()  # int64 [S], `Sample.index`
+    rewards_are_final: bool = False  # a plug-in normalised them: training takes them as advantages
+
+    def __len__(self) -> int:
+        return len(self.total_lengths)
+
+    def select(self, rows: Sequence[int] | Array) -> TrainBatch:
+        """The samples `rows`, in that order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        positions = {
+            "sample": rows,
+            "token": _positions(self.total_lengths, rows),
+            "response": _positions(self.response_lengths, rows),
+        }
+        changes = {
+            item.name: getattr(self, item.name)[positions[item.metadata["axis"]]]
+            for item in dataclasses.fields(self)
+            if "axis" in item.metadata and getattr(self, item.name) is not None
+        }
+        return dataclasses.replace(self, **changes)
+
+
+def _positions(lengths: Array, rows: Array) -> Array:
+    """Where the entries of `rows` stand in an array that lays `lengths` entries a row end to end."""
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    if len(rows) == 0:
+        return np.empty(0, dtype=np.int64)
+    return np.concatenate([np.arange(starts[row], starts[row] + lengths[row]) for row in rows])
+
+
+def batch_from_samples(
+    samples: Sequence[Sample], rewards: Sequence[float], *, rewards_are_final: bool = False
+) -> TrainBatch:
+    """Lay samples end to end. Raises ValueError, naming the sample, where its lengths contradict each other.
+
+    rewards: one number a sample. Engine log-probs are kept where every sample has them.
+    """
+    if not samples:
+        raise ValueError("the rollout returned no samples to train on")
+    if len(rewards) != len(samples):
+        raise ValueError(f"{len(samples)} samples but {len(rewards)} rewards")
+    for sample in samples:
+        sample.check()
+        if not 0 < sample.response_length < len(sample.tokens):
+            raise ValueError(
+                f"sample {sample.index} ({sample.status.value}) has {len(sample.tokens)} tokens, of which "
+                f"{sample.response_length} response; training needs at least one of prompt and one of response"
+            )
+    has_log_probs = all(sample.rollout_log_probs is not None for sample in samples)
+    return TrainBatch(
+        tokens=_flat((sample.tokens for sample in samples), np.int32),
+        total_lengths=np.array([len(sample.tokens) for sample in samples], dtype=np.int32),
+        response_lengths=np.array([sample.response_length for sample in samples], dtype=np.int32),
+        loss_mask=_flat((_mask(sample) for sample in samples), np.float32),
+        rollout_log_probs=_flat((s.rollout_log_probs or [] for s in samples), np.float32) if has_log_probs else None,
+        rewards=np.array(rewards, dtype=np.float32),
+        group_ids=np.array([_group_id(sample) for sample in samples], dtype=np.int64),
+        sample_indices=np.array([-1 if s.index is None else s.index for s in samples], dtype=np.int64),
+        rewards_are_final=rewards_are_final,
+    )
+
+
+def _mask(sample: Sample) -> list[int]:
+    if sample.remove_sample:
+        return [0] * sample.response_length
+    return sample.loss_mask if sample.loss_mask is not None else [1] * sample.response_length
+
+
+def _group_id(sample: Sample) -> int:
+    if sample.group_index is None:
+        raise ValueError(f"sample {sample.index} has no group_index; samples of one prompt must share one")
+    return sample.group_index
+
+
+def _flat(parts: Iterable[Sequence[float]], dtype: type) -> Array:
+    return np.fromiter((value for part in parts for value in part), dtype=dtype)

@@ -1,0 +1,157 @@
+"""Prompts of a jsonl or parquet file as `Sample` prototypes.
+
+One line of a file, and the sample it becomes with input_key="prompt", label_key="label", apply_chat_template=True:
+
+    {"prompt": [{"role": "user", "content": "1+1=?"}], "label": 2, "metadata": {"level": "easy"}, "tools": [...]}
+
+    Sample(prompt="<|im_start|>user\\n1+1=?<|im_end|>\\n<|im_start|>assistant\\n", label="2",
+           metadata={"level": "easy", "tools": [...]})
+
+Without apply_chat_template the prompt stays what it is: text, or the list of messages.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from slime.data.chat import check_messages, render_prompt
+from slime.data.files import Row, read_rows
+from slime.utils.types import Message, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_BATCH = 1024  # prompts a call: long enough for the tokenizer's threads, short enough for memory
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """Under which keys a row holds prompt, label, metadata and tools. Only prompt and label must be there."""
+
+    input_key: str = "input"
+    label_key: str | None = None
+    metadata_key: str | None = "metadata"
+    tool_key: str | None = "tools"
+
+    def read(self, row: Row) -> Sample:
+        """The prototype of one row, its prompt as in the file. Raises ValueError with the row's location."""
+        metadata = self._optional(row, self.metadata_key, dict)
+        tools = self._optional(row, self.tool_key, list)
+        if tools:
+            metadata = {**(metadata or {}), "tools": tools}
+        return Sample(prompt=self._prompt(row), label=self._label(row), metadata=metadata or {})
+
+    def _prompt(self, row: Row) -> str | list[Message]:
+        value = _required(row, self.input_key, "--input-key")
+        if isinstance(value, list):
+            return check_messages(value, f"{row.location}: {self.input_key!r}")
+        if not isinstance(value, str) or not value:
+            raise ValueError(
+                f"{row.location}: {self.input_key!r} must be text or a list of messages, got {value!r:.80} "
+                f"({type(value).__name__})"
+            )
+        return value
+
+    def _label(self, row: Row) -> str | None:
+        if self.label_key is None:
+            return None
+        value = _required(row, self.label_key, "--label-key")
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, bool | int | float):
+            raise ValueError(
+                f"{row.location}: {self.label_key!r} must be a string, a number or a boolean, got {value!r:.80}. "
+                "Anything else belongs in the metadata."
+            )
+        return json.dumps(value)
+
+    def _optional(self, row: Row, key: str | None, kind: type) -> Any:
+        """The object under `key`, also where it is JSON in a string, as parquet files often have it; None if absent."""
+        value = None if key is None else row.values.get(key)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{row.location}: {key!r} is text that is not valid JSON ({error.msg})") from error
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{row.location}: {key!r} must be a {kind.__name__}, got {value!r:.80}")
+        return value
+
+
+def _required(row: Row, key: str, flag: str) -> Any:
+    if key not in row.values:
+        raise ValueError(f"{row.location}: no key {key!r}, it has {sorted(row.values)}. Name the right one with {flag}.")
+    return row.values[key]
+
+
+def check_prompt_file(
+    path: str,
+    *,
+    input_key: str = "input",
+    label_key: str | None = None,
+    metadata_key: str | None = "metadata",
+    tool_key: str | None = "tools",
+) -> int:
+    """The number of prompts in `path`, after a check of every row. Needs no tokenizer.
+
+    Raises ValueError, one sentence with file, line and reason, at the first row that `Dataset` would refuse.
+    """
+    keys = RowKeys(input_key, label_key, metadata_key, tool_key)
+    num_prompts = sum(1 for _ in _read_prototypes(path, keys))
+    _check_not_empty(path, num_prompts)
+    return num_prompts
+
+
+@dataclass
+class Dataset:
+    """The prompts of one file; `samples` is their order in the current epoch.
+
+    path: a .jsonl or .parquet file, with an optional slice: `file@[start:stop]`.
+    tokenizer: needed with max_prompt_len or apply_chat_template only.
+    max_prompt_len: prompts of more tokens are dropped and counted; None keeps all. A prompt that stays a list of
+        messages has no length yet and is kept.
+    apply_chat_template: render messages to text; a text prompt counts as one user message.
+    seed: with the epoch it decides the order of `shuffle`.
+    Raises ValueError for whatever cannot be read (file, line, reason) and where no prompt remains.
+    """
+
+    path: str
+    tokenizer: PreTrainedTokenizerBase | None = None
+    max_prompt_len: int | None = None
+    input_key: str = "input"
+    label_key: str | None = None
+    metadata_key: str | None = "metadata"
+    tool_key: str | None = "tools"
+    apply_chat_template: bool = False
+    apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    seed: int = 42
+    origin_samples: list[Sample] = field(init=False, repr=False)
+    samples: list[Sample] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        keys = RowKeys(self.input_key, self.label_key, self.metadata_key, self.tool_key)
+        prototypes = list(_read_prototypes(self.path, keys, render=self._render if self.apply_chat_template else None))
+        _check_not_empty(self.path, len(prototypes))
+        if self.max_prompt_len is not None:
+            prototypes = self._drop_long(prototypes, self.max_prompt_len)
+        self.origin_samples = prototypes
+        self.samples = prototypes
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def shuffle(self, epoch: int) -> None:
+        """Puts `samples` in the order of `epoch`, a function of seed, epoch and file alone: the same on any machine."""
+        order = list(range(len(self.origin_samples)))
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        self.samples = [self.origin_samples[index] for index in order]

@@ -1,0 +1,98 @@
+"""Rows of prompt files: jsonl and parquet, with Python slices, as `train.parquet@[:1000]` or `math.jsonl@[-200:]`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_SLICED_PATH = re.compile(r"(?P<path>.+)@\[(?P<bounds>.*)\]")
+_BOUNDS = re.compile(r"(-?\d+)?:(-?\d+)?")
+
+
+class Row(NamedTuple):
+    """One record and where it stands, such as `train.jsonl:17`, for error messages."""
+
+    location: str
+    values: dict[str, Any]
+
+
+def split_slice(path: str) -> tuple[str, slice]:
+    """The file path and the rows wanted of `file` or `file@[start:stop]`, bounds as in Python."""
+    match = _SLICED_PATH.fullmatch(path)
+    if match is None:
+        return path, slice(None)
+    bounds = _BOUNDS.fullmatch(match["bounds"].replace(" ", ""))
+    if bounds is None:
+        raise ValueError(f"data file {path!r}: the slice must be [start:stop] with whole numbers, either may be left out")
+    start, stop = (None if bound is None else int(bound) for bound in bounds.groups())
+    return match["path"], slice(start, stop)
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """The rows of `path` or `path@[start:stop]` in file order, read as they are asked for.
+
+    Blank lines of a jsonl file are no rows. Raises ValueError where the file is missing, of another kind, or a row
+    in the slice is not a JSON object; the message names file and line.
+    """
+    file_path, rows = split_slice(path)
+    if not Path(file_path).is_file():
+        raise ValueError(f"data file {file_path!r} does not exist or is not a file")
+    match Path(file_path).suffix:
+        case ".jsonl":
+            return _read_jsonl(file_path, rows)
+        case ".parquet":
+            return _read_parquet(file_path, rows)
+        case _:
+            raise ValueError(f"data file {file_path!r} must end in .jsonl (one JSON object a line) or .parquet")
+
+
+def _read_jsonl(path: str, rows: slice) -> Iterator[Row]:
+    with open(path, "rb") as file:
+        lines = ((number, line) for number, line in enumerate(file, start=1) if not line.isspace())
+        for number, line in _take(lines, rows):
+            location = f"{path}:{number}"
+            yield Row(location, _parse_object(line, location))
+
+
+def _take(lines: Iterable[tuple[int, bytes]], rows: slice) -> Iterable[tuple[int, bytes]]:
+    """`lines[rows]`; only a negative bound needs the whole file in memory."""
+    if (rows.start or 0) < 0 or (rows.stop or 0) < 0:
+        return list(lines)[rows]
+    return islice(lines, rows.start, rows.stop)
+
+
+def _parse_object(line: bytes, location: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{location}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{location}: not valid UTF-8 ({error.reason} at byte {error.start})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{location}: must be a JSON object with keys, got a {type(values).__name__}")
+    return values
+
+
+def _read_parquet(path: str, rows: slice) -> Iterator[Row]:
+    import pyarrow  # 0.1 s to import: only for those who read parquet
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"data file {path!r} is not a parquet file ({error})") from error
+    with file:
+        start, stop, _ = rows.indices(file.metadata.num_rows)
+        number = 0
+        for batch in file.iter_batches(batch_size=1024):
+            first, last = max(start - number, 0), min(stop - number, batch.num_rows)
+            if first < last:
+                for offset, values in enumerate(batch.slice(first, last - first).to_pylist(), start=number + first):
+                    yield Row(f"{path} row {offset + 1}", values)
+            number += batch.num_rows
+            if number >= stop:
+                return

@@ -1,0 +1,1 @@
+"""Compute metrics, record them, show them; imports `slime.utils` only."""

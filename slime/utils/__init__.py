@@ -1,0 +1,1 @@
+"""Nouns and leaf helpers; imports nothing else of slime."""

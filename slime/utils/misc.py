@@ -1,0 +1,35 @@
+"""Small helpers without a better home."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def load_function(path: str) -> Any:
+    """The attribute that a dotted path names, such as `package.module.function`.
+
+    Raises ValueError, with the path and the reason, where it does not import or does not exist.
+    """
+    module_name, _, attribute = path.rpartition(".")
+    if not module_name:
+        raise ValueError(f"plug-in path {path!r} must be dotted: package.module.function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"plug-in {path!r}: cannot import {module_name!r} ({error}). Is its folder on PYTHONPATH?"
+        ) from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"plug-in {path!r}: module {module_name!r} has no attribute {attribute!r}")
+    return getattr(module, attribute)
+
+
+def is_due(rollout_id: int, interval: int | None, num_rollout: int | None = None) -> bool:
+    """Whether something done every `interval` rollouts is due after `rollout_id`; the last rollout always is.
+
+    num_rollout: where given, the rollout `num_rollout - 1` is due whatever the interval.
+    """
+    if interval is None:
+        return False
+    return (rollout_id + 1) % interval == 0 or (num_rollout is not None and rollout_id == num_rollout - 1)

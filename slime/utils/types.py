@@ -1,0 +1,235 @@
+"""The public record of one rollout: `Sample`.
+
+A worked example, one tool call inside a response (P prompt tokens, T response tokens):
+
+    tokens            = [p0 p1 p2 | a0 a1 | t0 t1 t2 | a2 a3]        len P + T = 3 + 7
+    response_length   =             7                                T
+    loss_mask         =            [1  1    0  0  0    1  1]         len T: only sampled tokens are trained on
+    rollout_log_probs =            [.  .    0  0  0    .  .]         len T: 0.0 where the engine sampled nothing
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+Message = dict[str, Any]
+
+
+class SampleStatus(str, Enum):
+    """How a rollout ended. FAILED: generation or reward raised; `metadata["failure"]` says why."""
+
+    PENDING = "pending"
+    COMPLETED = "completed"
+    TRUNCATED = "truncated"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+_STATUS_OF_FINISH_REASON = {
+    "stop": SampleStatus.COMPLETED,
+    "length": SampleStatus.TRUNCATED,
+    "abort": SampleStatus.ABORTED,
+}
+
+
+@dataclass
+class SpecInfo:
+    """Speculative-decoding counters summed over the requests of one sample."""
+
+    spec_accept_token_num: int = 0
+    spec_draft_token_num: int = 0
+    spec_verify_ct: int = 0
+    completion_token_num: int = 0
+
+    def add(self, meta_info: dict[str, Any]) -> None:
+        self.spec_accept_token_num += meta_info.get("spec_accept_token_num", 0)
+        self.spec_draft_token_num += meta_info.get("spec_draft_token_num", 0)
+        self.spec_verify_ct += meta_info.get("spec_verify_ct", 0)
+        self.completion_token_num += meta_info.get("completion_tokens", 0)
+
+    def to_dict(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, int]) -> SpecInfo:
+        return cls(**state)
+
+
+@dataclass
+class PrefixCacheInfo:
+    """Prompt tokens that the engine found in its cache, and all it was sent, over the requests of one sample."""
+
+    cached_tokens: int = 0
+    total_prompt_tokens: int = 0
+
+    def add(self, meta_info: dict[str, Any]) -> None:
+        self.cached_tokens += meta_info.get("cached_tokens", 0)
+        self.total_prompt_tokens += meta_info.get("prompt_tokens", 0)
+
+    def to_dict(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, int]) -> PrefixCacheInfo:
+        return cls(**state)
+
+
+@dataclass
+class Sample:
+    """One prompt with one response, its reward and everything that training needs to know of it.
+
+    `tokens` is prompt + response; `loss_mask` and `rollout_log_probs` cover the response only and have
+    `response_length` entries. `loss_mask=None` means all ones; `remove_sample=True` means all zeros.
+    """
+
+    group_index: int | None = None  # samples of one prompt share it; rewards are normalised within it
+    index: int | None = None  # unique in a run
+    rollout_id: int | None = None  # siblings that one generate call fanned out share it
+    prompt: str | list[Message] = ""
+    tokens: list[int] = field(default_factory=list)
+    multimodal_inputs: dict[str, Any] | None = None
+    multimodal_train_inputs: dict[str, Any] | None = None
+    multimodal_train_input_id: str | None = None
+    apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    response: str = ""
+    response_length: int = 0
+    label: str | None = None
+    reward: float | dict[str, Any] | None = None
+    loss_mask: list[int] | None = None
+    weight_versions: list[str] = field(default_factory=list)
+    rollout_log_probs: list[float] | None = None
+    rollout_top_p_token_ids: Any | None = None
+    rollout_top_p_token_offsets: Any | None = None
+    rollout_routed_experts: Any | None = None
+    remove_sample: bool = False
+    teacher_log_probs: list[float] | None = None
+    status: SampleStatus = SampleStatus.PENDING
+    metadata: dict[str, Any] = field(default_factory=dict)
+    generate_function_path: str | None = None
+    custom_rm_path: str | None = None
+    train_metadata: dict[str, Any] | None = None
+    session_id: str | None = None
+    non_generation_time: float = 0.0  # seconds spent in tools and environments
+    spec_info: SpecInfo = field(default_factory=SpecInfo)
+    prefix_cache_info: PrefixCacheInfo = field(default_factory=PrefixCacheInfo)
+
+    Status = SampleStatus  # no annotation: `Sample.Status.COMPLETED`, not a field
+
+    @property
+    def effective_response_length(self) -> int:
+        """Response tokens that are trained on."""
+        return self.response_length if self.loss_mask is None else sum(self.loss_mask)
+
+    def get_reward_value(self, args: Any) -> float:
+        """The scalar reward: `reward`, or its entry `args.reward_key` where it is a dict."""
+        if not isinstance(self.reward, dict):
+            if self.reward is None:
+                raise ValueError(f"sample {self.index} has no reward (status {self.status.value})")
+            return float(self.reward)
+        if args.reward_key is None:
+            raise ValueError(
+                f"the reward of sample {self.index} is a dict with keys {sorted(self.reward)}. "
+                "Name the one to train on with --reward-key."
+            )
+        if args.reward_key not in self.reward:
+            raise ValueError(f"--reward-key {args.reward_key!r} is not among the reward's keys {sorted(self.reward)}")
+        return float(self.reward[args.reward_key])
+
+    def append_response_tokens(
+        self,
+        args: Any = None,
+        *,
+        tokens: list[int],
+        log_probs: list[float] | None = None,
+        trainable: bool = True,
+        meta_info: dict[str, Any] | None = None,
+        text: str | None = None,
+        update_terminal_info: bool = True,
+    ) -> None:
+        """Extend the response by `tokens`, with mask, log-probs and text kept in step.
+
+        trainable: whether the policy sampled these tokens (False for tool or environment output).
+        log_probs: one per token, as the engine reported them; 0.0 for tokens that were not sampled.
+        meta_info: the engine's `meta_info` of the call that produced them; its finish reason sets `status`
+            unless `update_terminal_info` is False.
+        Raises ValueError where lengths disagree.
+        """
+        if log_probs is not None and len(log_probs) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens but {len(log_probs)} log-probs")
+        had_log_probs = self.rollout_log_probs is not None or self.response_length == 0
+        if log_probs is not None or not trainable:
+            if had_log_probs:
+                self.rollout_log_probs = (self.rollout_log_probs or []) + (log_probs or [0.0] * len(tokens))
+        elif self.rollout_log_probs is not None:
+            raise ValueError("earlier turns carry log-probs, these sampled tokens do not")
+        if self.loss_mask is not None or not trainable:
+            self.loss_mask = (self.loss_mask or [1] * self.response_length) + [int(trainable)] * len(tokens)
+        self.tokens = self.tokens + tokens
+        self.response_length += len(tokens)
+        self.response += text or ""
+        if meta_info is not None:
+            self._record(meta_info, terminal=update_terminal_info)
+
+    def update_from_meta_info(self, args: Any, meta_info: dict[str, Any]) -> None:
+        """Take weight version, counters and status from an engine's reply."""
+        self._record(meta_info, terminal=True)
+
+    def _record(self, meta_info: dict[str, Any], *, terminal: bool) -> None:
+        version = meta_info.get("weight_version")
+        if version is not None:
+            self.weight_versions.append(str(version))
+        self.prefix_cache_info.add(meta_info)
+        self.spec_info.add(meta_info)
+        finish_reason = meta_info.get("finish_reason")
+        if terminal and finish_reason is not None:
+            self.status = _STATUS_OF_FINISH_REASON[finish_reason["type"]]
+
+    def check(self) -> None:
+        """Raise ValueError, naming the sample, where lengths contradict the contract."""
+        if self.response_length > len(self.tokens):
+            raise ValueError(
+                f"sample {self.index}: response_length {self.response_length} exceeds its {len(self.tokens)} tokens"
+            )
+        for name in ("loss_mask", "rollout_log_probs", "teacher_log_probs"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.response_length:
+                raise ValueError(
+                    f"sample {self.index}: {name} has {len(values)} entries, the response has {self.response_length} tokens"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-friendly dict; attributes that plug-ins added are kept."""
+        state = dict(self.__dict__)
+        state["status"] = self.status.value
+        state["spec_info"] = self.spec_info.to_dict()
+        state["prefix_cache_info"] = self.prefix_cache_info.to_dict()
+        return state
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Sample:
+        """The inverse of `to_dict`; unknown keys become attributes."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {key: value for key, value in state.items() if key in known}
+        if "status" in values:
+            values["status"] = SampleStatus(values["status"])
+        if isinstance(values.get("spec_info"), dict):
+            values["spec_info"] = SpecInfo.from_dict(values["spec_info"])
+        if isinstance(values.get("prefix_cache_info"), dict):
+            values["prefix_cache_info"] = PrefixCacheInfo.from_dict(values["prefix_cache_info"])
+        sample = cls(**values)
+        for key, value in state.items():
+            if key not in known:
+                setattr(sample, key, value)
+        return sample
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """Name, shape and dtype of one parameter under its Hugging Face name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
