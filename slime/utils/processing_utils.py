@@ -17,7 +17,8 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     _check_directory(path, "tokenizer")
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, path, "tokenizer", kwargs)
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, path, "tokenizer", kwargs)
+    return tokenizer
 
 
 def load_processor(path: str | Path, **kwargs: Any) -> ProcessorMixin:
@@ -25,7 +26,8 @@ def load_processor(path: str | Path, **kwargs: Any) -> ProcessorMixin:
     _check_directory(path, "processor")
     from transformers import AutoProcessor
 
-    return _load(AutoProcessor, path, "processor", kwargs)
+    processor: ProcessorMixin = _load(AutoProcessor, path, "processor", kwargs)
+    return processor
 
 
 def _check_directory(path: str | Path, kind: str) -> None:

@@ -1,0 +1,141 @@
+"""Attention over packed sequences, exact: no token sees another sequence. Registered with transformers as "packed".
+
+Shapes: N tokens of S sequences laid end to end, H query heads, K key-value heads, D head width.
+On a GPU this is torch's variable-length kernel. On a CPU sequences of similar length are padded on the right and run as
+one causal batch: under a causal mask what stands to the right of a token cannot reach it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+NAME = "packed"
+_SHORTEST_IN_BUCKET = 0.7  # of the longest: at most 30% of a padded batch is padding
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of similar length as one right-padded batch."""
+
+    gather: Tensor  # int64 [B, L]: packed position of each place; padding repeats the sequence's last token
+    packed: Tensor  # int64 [n]: the packed positions that this bucket holds, each once
+    padded: Tensor  # int64 [n]: where they stand in the flattened batch
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How sequences lie in the packed stream; passed through the model to every attention layer."""
+
+    sequence_lengths: list[int]
+    cu_seqlens: Tensor  # int32 [S + 1]
+    buckets: list[Bucket]
+    inverse: Tensor  # int64 [N]: place of each packed position in the concatenated buckets
+
+
+def packing_of(sequence_lengths: Sequence[int], device: torch.device) -> Packing:
+    """The layout of sequences of these lengths; buckets are made on the CPU only."""
+    lengths = torch.tensor(list(sequence_lengths))
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    buckets = _buckets(lengths, cu_seqlens[:-1].long()) if device.type == "cpu" else []
+    packed = torch.cat([bucket.packed for bucket in buckets]) if buckets else torch.empty(0, dtype=torch.int64)
+    return Packing(list(sequence_lengths), cu_seqlens.to(device), buckets, packed.argsort())
+
+
+def _buckets(lengths: Tensor, starts: Tensor) -> list[Bucket]:
+    buckets: list[Bucket] = []
+    order = lengths.argsort(descending=True, stable=True)
+    while len(order):
+        longest = int(lengths[order[0]])
+        size = int((lengths[order] >= _SHORTEST_IN_BUCKET * longest).sum())
+        members, order = order[:size], order[size:]
+        places = torch.arange(longest)
+        is_real = places < lengths[members][:, None]
+        gather = starts[members][:, None] + places.clamp(max=longest - 1).minimum(lengths[members][:, None] - 1)
+        buckets.append(Bucket(gather, gather[is_real], is_real.flatten().nonzero()[:, 0]))
+    return buckets
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each packed sequence, as transformers calls it. query: [1, H, N, D]; key, value: [1, K, N, D].
+
+    Returns [1, N, H, D].
+    """
+    if packing is None:
+        raise ValueError(
+            f"{type(module).__name__} does not hand its keyword arguments to attention, so packed sequences would leak. "
+            "Choose another --attn-implementation."
+        )
+    if softcap is not None:
+        raise ValueError(f"{type(module).__name__} caps attention scores, which --attn-implementation packed does not.")
+    window = sliding_window if sliding_window and max(packing.sequence_lengths) > sliding_window else None
+    if query.device.type == "cpu":
+        return _bucketed(query, key, value, packing, scaling, window), None
+    return _varlen(query, key, value, packing, scaling, window), None
+
+
+def _bucketed(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
+) -> Tensor:
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [N, heads, D]
+    outputs = []
+    for bucket in packing.buckets:
+        batch, length = bucket.gather.shape
+        q, k, v = (row[bucket.gather.flatten()].view(batch, length, *row.shape[1:]).transpose(1, 2) for row in rows)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if window is None else _window_mask(length, window),
+            is_causal=window is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1)[bucket.padded])
+    return torch.cat(outputs)[packing.inverse][None]
+
+
+def _window_mask(length: int, window: int) -> Tensor:
+    """[L, L] bool: each token sees itself and the `window - 1` before it."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    return (distance >= 0) & (distance < window)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [N, heads, D]
+    if q.shape[1] != k.shape[1]:  # torch 2.11 takes no grouped heads
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    longest = max(packing.sequence_lengths)
+    cu_seqlens = packing.cu_seqlens
+    left = -1 if window is None else window - 1
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0))
+    return cast(Tensor, out)[None]
+
+
+def register_packed_attention() -> None:
+    """Make `attn_implementation="packed"` known to transformers; a mask is never built for it."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

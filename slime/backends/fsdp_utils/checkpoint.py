@@ -1,0 +1,134 @@
+"""Sharded checkpoints that are complete or absent, readable at any number of ranks.
+
+    SAVE/
+    |-- latest_checkpointed_iteration.txt     the last complete step, written last
+    |-- iter_0000010/
+        |-- model/ optimizer/                 torch.distributed.checkpoint
+        |-- rng.pt  meta.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from slime.utils.files import fsync_tree, write_text_atomically
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read: absent, incomplete, or of another model."""
+
+
+class Meta(NamedTuple):
+    """What a checkpoint says of itself. num_steps: optimizer steps taken so far."""
+
+    rollout_id: int
+    num_steps: int
+
+
+def find_checkpoint(root: str | None, step: int | None) -> Path | None:
+    """The folder of step `step`, or of the last complete one; None where `root` holds no checkpoint.
+
+    Raises CheckpointError where a step is asked for, or promised by the tracker, that is not there.
+    """
+    if root is None:
+        return None
+    tracker = Path(root) / TRACKER
+    if step is None:
+        if not tracker.is_file():
+            return None
+        text = tracker.read_text().strip()
+        if not text.isdigit():
+            raise CheckpointError(f"{tracker} must hold a step number, got {text!r}")
+        step = int(text)
+    folder = iteration_folder(root, step)
+    if not (folder / "meta.json").is_file():
+        there = sorted(path.name for path in Path(root).glob("iter_*"))
+        raise CheckpointError(f"there is no complete checkpoint {folder}; present: {', '.join(there) or 'none'}")
+    return folder
+
+
+def iteration_folder(root: str, rollout_id: int) -> Path:
+    """The folder of the checkpoint written after `rollout_id`."""
+    return Path(root) / f"iter_{rollout_id:07d}"
+
+
+def save(root: str, meta: Meta, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Write a checkpoint beside, make it durable, then rename it. A collective; the tracker moves last.
+
+    optimizer: None leaves it out.
+    """
+    final = iteration_folder(root, meta.rollout_id)
+    temporary = final.with_name("." + final.name + ".tmp")
+    on_first = dist.get_rank() == 0
+    if on_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=temporary / "model")
+    if optimizer is not None:
+        dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=temporary / "optimizer")
+    if on_first:
+        torch.save({"torch": torch.get_rng_state()}, temporary / "rng.pt")
+        (temporary / "meta.json").write_text(json.dumps(meta._asdict()))
+        fsync_tree(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        write_text_atomically(Path(root) / TRACKER, str(meta.rollout_id))
+    dist.barrier()
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Read the weights into `model`, whatever the number of ranks they were saved from."""
+    state = {"model": get_model_state_dict(model)}
+    _check_fits(folder / "model", state["model"])
+    dcp.load(state, checkpoint_id=folder / "model")
+    set_model_state_dict(model, state["model"])
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read the optimizer's state; its learning rate is the schedule's business."""
+    if not (folder / "optimizer").is_dir():
+        raise CheckpointError(f"{folder} was saved without its optimizer: pass --no-load-optim to start with a new one")
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder / "optimizer")
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def load_rng(folder: Path) -> None:
+    """Restore the state of torch's random numbers."""
+    torch.set_rng_state(torch.load(folder / "rng.pt", weights_only=True)["torch"])
+
+
+def read_meta(folder: Path) -> Meta:
+    """What the checkpoint says of itself."""
+    return Meta(**json.loads((folder / "meta.json").read_text()))
+
+
+def _check_fits(folder: Path, state: dict[str, Any]) -> None:
+    """Raise CheckpointError, naming the first tensor that is missing or has another shape."""
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name, tensor in state.items():
+        entry = saved.get(f"model.{name}")
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"{folder} has no tensor {name}: it is a checkpoint of another model")
+        if tuple(entry.size) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{folder}: tensor {name} has shape {tuple(entry.size)}, the model wants {tuple(tensor.shape)}"
+            )

@@ -1,0 +1,48 @@
+"""A sharded transformers model as full tensors under the names and layouts of its Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from slime.training.backend import NamedTensor
+
+
+def hf_named_tensors(lm: PreTrainedModel, *, dtype: torch.dtype, bucket_bytes: int) -> Iterator[NamedTensor]:
+    """Gather every parameter in turn, as `dtype`, about `bucket_bytes` (or one tensor) at a time.
+
+    A collective. Tensors that transformers fuses in memory, such as experts, are split as checkpoints hold them.
+    """
+    bucket: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in _own_tensors(lm):
+        bucket[name] = _full(tensor).to(dtype) if tensor.is_floating_point() else _full(tensor)
+        size += bucket[name].nbytes
+        if size >= bucket_bytes:
+            yield from _under_checkpoint_names(lm, bucket)
+            bucket, size = {}, 0
+    yield from _under_checkpoint_names(lm, bucket)
+
+
+def _own_tensors(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers, without second names of tied weights."""
+    persistent = lm.state_dict().keys()
+    for name, parameter in lm.named_parameters():
+        yield name, parameter.detach()
+    for name, buffer in lm.named_buffers():
+        if name in persistent:
+            yield name, buffer
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _under_checkpoint_names(lm: PreTrainedModel, bucket: dict[str, Tensor]) -> Iterator[NamedTensor]:
+    for name, tensor in revert_weight_conversion(lm, bucket).items():
+        yield NamedTensor(name, tensor.contiguous())

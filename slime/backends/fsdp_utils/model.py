@@ -1,0 +1,144 @@
+"""A Hugging Face causal LM that answers with per-token values instead of logits, sharded by FSDP2.
+
+Shapes: N packed tokens, T response tokens, C tokens of one chunk, V vocabulary, E model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from slime.backends.fsdp_utils import attention
+from slime.data.packed import PackedBatch
+from slime.training.backend import TokenOutputs
+
+
+class TokenModel(nn.Module):
+    """Log-probs and entropy of the response tokens of a packed batch; logits exist for one chunk at a time."""
+
+    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_size: int) -> None:
+        """temperature: logits are divided by it. chunk_size: tokens whose logits are held at once."""
+        super().__init__()
+        self.lm = lm
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+        self.softcap: float | None = _logit_softcap(lm)
+
+    def forward(self, batch: PackedBatch, entropy: bool) -> TokenOutputs:
+        """Outputs [T] for `batch`, which lies on the model's device."""
+        hidden_T = self._hidden(batch)[batch.target_index - 1]
+        chunks = [
+            self._chunk(hidden_C, targets_C, entropy)
+            for hidden_C, targets_C in zip(
+                hidden_T.split(self.chunk_size), batch.targets.split(self.chunk_size), strict=True
+            )
+        ]
+        log_probs = torch.cat([chunk[0] for chunk in chunks])
+        return TokenOutputs(log_probs, torch.cat([chunk[1] for chunk in chunks]) if entropy else None)
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        """[N, E]"""
+        decoder = self.lm.get_decoder()
+        output = decoder(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            use_cache=False,  # with a cache transformers would take the pack for one sequence
+            packing=attention.packing_of(batch.sequence_lengths, batch.input_ids.device),
+        )
+        return output.last_hidden_state[0]
+
+    def _chunk(self, hidden_C: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+        """Log-probs [C] and entropy [C] (empty unless wanted); logits are computed again in the backward."""
+        if torch.is_grad_enabled() and hidden_C.requires_grad:
+            return checkpoint(self._log_probs, hidden_C, targets_C, entropy, use_reentrant=False)
+        return self._log_probs(hidden_C, targets_C, entropy)
+
+    def _log_probs(self, hidden_C: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+        logits_CV = self.lm.get_output_embeddings()(hidden_C).float()
+        if self.softcap is not None:
+            logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
+        if self.temperature != 1.0:
+            logits_CV = logits_CV / self.temperature
+        log_probs_CV = logits_CV.log_softmax(-1)
+        log_probs_C = log_probs_CV.gather(-1, targets_C[:, None])[:, 0]
+        entropy_C = -(log_probs_CV.exp() * log_probs_CV).sum(-1) if entropy else log_probs_C.new_empty(0)
+        return log_probs_C, entropy_C
+
+
+def _logit_softcap(lm: PreTrainedModel) -> float | None:
+    """The cap on logits; raises ValueError for models that change logits in ways this wrapper does not repeat."""
+    config = lm.config.get_text_config().to_dict()
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if config.get(name) not in (None, 1, 1.0):
+            raise ValueError(f"{type(lm).__name__} scales its logits ({name}); the FSDP backend does not support that")
+    return config.get("final_logit_softcapping")
+
+
+class Precision(NamedTuple):
+    """compute: dtype of parameters in forward and backward. Weights, gradients and optimizer stay float32."""
+
+    compute: torch.dtype
+
+    @classmethod
+    def choose(cls, bf16: bool | None, device: torch.device) -> Precision:
+        """bfloat16 where asked for, by default on GPUs."""
+        wants_bf16 = device.type == "cuda" if bf16 is None else bf16
+        return cls(torch.bfloat16 if wants_bf16 else torch.float32)
+
+
+def load_causal_lm(directory: str, *, attn_implementation: str) -> PreTrainedModel:
+    """The model of a Hugging Face directory in float32 on the CPU.
+
+    Raises ValueError, naming the tensor, where weights are missing or do not fit the config.
+    """
+    attention.register_packed_attention()
+    loader: Any = AutoModelForCausalLM
+    try:
+        lm, info = loader.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            trust_remote_code=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ImportError, KeyError) as error:
+        raise ValueError(f"the model in {directory} cannot be loaded: {error}") from error
+    if info["mismatched_keys"]:
+        name, found, wanted = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"{directory}: tensor {name} has shape {tuple(found)}, its config.json asks for {tuple(wanted)}"
+        )
+    if info["missing_keys"]:
+        raise ValueError(f"{directory}: weights are missing, first {sorted(info['missing_keys'])[0]}")
+    return cast(PreTrainedModel, lm)
+
+
+def checkpoint_dtype(directory: str) -> torch.dtype:
+    """The dtype that a directory's config.json names, float32 where it names none."""
+    dtype = AutoConfig.from_pretrained(directory, trust_remote_code=True).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def shard(model: TokenModel, mesh: DeviceMesh, precision: Precision) -> TokenModel:
+    """FSDP2: one group for each decoder layer, one for the rest (embeddings, final norm, head)."""
+    policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=torch.float32)
+    for layer in decoder_layers(model.lm):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return cast(TokenModel, fully_shard(model, mesh=mesh, mp_policy=policy))
+
+
+def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks of the decoder: what transformers itself never splits."""
+    names = set(lm._no_split_modules or [])
+    layers = [module for module in lm.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(f"{type(lm).__name__} does not say what its layers are (_no_split_modules); cannot shard it")
+    return layers

@@ -1,0 +1,81 @@
+"""The trainer's and the fleet's view of one engine on the wire: life signs, weights, memory. Any engine answers alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from slime.utils.http_utils import HTTPError, get, post
+
+
+class EngineError(RuntimeError):
+    """The engine answered, and the answer was that it did not work."""
+
+
+@dataclass(frozen=True)
+class EngineClient:
+    """One engine. url: `http://host:port`. Every call has its deadline and raises HTTPError or EngineError."""
+
+    url: str
+    api_key: str | None = None
+    timeout_s: float = 60.0
+
+    async def is_healthy(self, *, timeout_s: float) -> bool:
+        """Whether /health answers in time."""
+        try:
+            await get(f"{self.url}/health", timeout_s=timeout_s, headers=self._headers())
+        except HTTPError:
+            return False
+        return True
+
+    async def model_info(self) -> dict[str, Any]:
+        """`model_path`, `weight_version` and more."""
+        info: dict[str, Any] = await get(f"{self.url}/model_info", timeout_s=self.timeout_s, headers=self._headers())
+        return info
+
+    async def pause(self, mode: str = "retract") -> None:
+        """Stop generating; what is in flight waits (retract: and gives up its cache)."""
+        await self._call("pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        """Go on generating."""
+        await self._call("continue_generation", {})
+
+    async def flush_cache(self) -> None:
+        """Forget every cached prefix."""
+        await self._call("flush_cache", {})
+
+    async def abort_all(self) -> None:
+        """End every request; each answers with what it has."""
+        await self._call("abort_request", {"abort_all": True})
+
+    async def update_weights_from_disk(self, directory: str, *, version: int, timeout_s: float) -> None:
+        """Take the weights of a Hugging Face directory, in place, and forget all cached prefixes."""
+        payload = {"model_path": directory, "weight_version": str(version), "flush_cache": True}
+        await self._call("update_weights_from_disk", payload, timeout_s=timeout_s)
+
+    async def release_memory(self, tags: list[str]) -> None:
+        """Give up the memory of "weights" and, or, "kv_cache"."""
+        await self._call("release_memory_occupation", {"tags": tags})
+
+    async def resume_memory(self, tags: list[str]) -> None:
+        """Take it back; weights are undefined until the next update."""
+        await self._call("resume_memory_occupation", {"tags": tags})
+
+    async def checksums(self) -> dict[str, str]:
+        """Checksum of every tensor by its Hugging Face name (`slime.utils.checksum`)."""
+        answer = await self._call("weights_checker", {"action": "checksum"})
+        checksums: dict[str, str] = answer["checksums"]
+        return checksums
+
+    async def _call(self, path: str, payload: dict[str, Any], *, timeout_s: float | None = None) -> Any:
+        url = f"{self.url}/{path}"
+        answer = await post(
+            url, payload, timeout_s=timeout_s or self.timeout_s, retry_for_s=5.0, headers=self._headers()
+        )
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise EngineError(f"{url}: {answer.get('message', answer)}")
+        return answer
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}

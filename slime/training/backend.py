@@ -1,0 +1,112 @@
+"""The seam between the update rule and a training library.
+
+Shapes: T response tokens of one micro-batch, S its sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from slime.algorithms.reduce import SequenceSum
+from slime.data.packed import PackedBatch
+
+ModelTag = Literal["actor", "ref", "old_actor", "teacher", "critic"]
+
+
+class NamedTensor(NamedTuple):
+    """A full tensor under its Hugging Face name."""
+
+    name: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Where this process stands. Ranks with one `data_rank` work on the same samples."""
+
+    rank: int
+    world_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_reporter(self) -> bool:
+        """One process of the world reports metrics and talks to engines."""
+        return self.rank == 0
+
+
+@dataclass
+class TokenOutputs:
+    """What a forward says of the response tokens that this rank holds; gradients flow through all of it."""
+
+    log_probs: Tensor  # float32 [T], of the distribution at the rollout temperature
+    entropy: Tensor | None = None  # float32 [T], of the same distribution
+    values: Tensor | None = None  # float32 [T], a critic's
+
+
+class LossOutput(NamedTuple):
+    """loss: scalar. metrics: scalars. Both are this micro-batch's share: shares of a step add up to its mean."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class LossFn(Protocol):
+    """The loss of one micro-batch. It sees per-token values only: no logits, no model, no process group."""
+
+    def __call__(self, outputs: TokenOutputs, batch: PackedBatch, sequence_sum: SequenceSum) -> LossOutput: ...
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, summed over micro-batches and ranks."""
+
+    metrics: dict[str, float]
+    grad_norm: float
+    lr: float
+    skipped: bool  # the loss or the gradient was not finite; nothing was updated
+
+
+class TrainBackend(Protocol):
+    """One process's share of a trainable model: parameters, optimizer, parallel groups, micro-batches, checkpoints.
+
+    Every process of the world makes the same calls in the same order. It knows nothing of the algorithm.
+    """
+
+    layout: ParallelLayout
+
+    def load(self) -> int:
+        """Load what the settings name. Returns the first rollout id to run."""
+        ...
+
+    def log_probs(self, batches: list[PackedBatch], model: ModelTag, *, entropy: bool) -> list[TokenOutputs]:
+        """Outputs of each micro-batch under the weights `model`, without gradients."""
+        ...
+
+    def train_step(self, batches: list[PackedBatch], loss: LossFn, *, entropy: bool) -> StepMetrics:
+        """One optimizer step over all micro-batches. entropy: whether the loss wants it."""
+        ...
+
+    def sum_over_data_ranks(self, values: Tensor) -> Tensor:
+        """`values` added over data-parallel ranks, the same on each; for small tensors."""
+        ...
+
+    def hf_tensors(self) -> Iterator[NamedTensor]:
+        """Full tensors under Hugging Face names, gathered bucket by bucket. A collective: every rank iterates to the end."""
+        ...
+
+    def save(self, rollout_id: int) -> None:
+        """Write a checkpoint that is complete or absent."""
+        ...
+
+    def sleep(self) -> None:
+        """Give device memory to the engines."""
+        ...
+
+    def wake_up(self) -> None:
+        """Take it back, with the same state."""
+        ...

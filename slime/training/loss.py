@@ -1,0 +1,70 @@
+"""The losses of one micro-batch, as share of a step. Shapes: T response tokens, S sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from slime.algorithms.kl import kl_estimate
+from slime.algorithms.ppo import clipped_policy_loss
+from slime.algorithms.reduce import SequenceSum
+from slime.config import AlgorithmConfig
+from slime.data.packed import PackedBatch
+from slime.training.backend import LossFn, LossOutput, TokenOutputs
+
+
+def policy_loss(
+    outputs: TokenOutputs, batch: PackedBatch, sequence_sum: SequenceSum, *, cfg: AlgorithmConfig
+) -> LossOutput:
+    """Clipped policy gradient, minus entropy bonus, plus KL to the reference.
+
+    Without old log-probs the policy has not moved since sampling: they are the current ones, detached.
+    """
+    assert batch.advantages is not None and cfg.eps_clip_high is not None
+    log_probs_T = outputs.log_probs
+    old_T = log_probs_T.detach() if batch.old_log_probs is None else batch.old_log_probs
+    clipped = clipped_policy_loss(
+        log_probs_T, old_T, advantages_T=batch.advantages, eps_low=cfg.eps_clip, eps_high=cfg.eps_clip_high
+    )
+    mean = partial(_share, batch.loss_weights)
+    loss = pg_loss = mean(clipped.loss_T)
+    metrics = {
+        "pg_loss": pg_loss,
+        "pg_clipfrac": mean(clipped.clipped_T.float()),
+        "ppo_kl": mean(old_T - log_probs_T),
+    }
+    if outputs.entropy is not None:
+        entropy = mean(outputs.entropy)
+        loss = loss - cfg.entropy_coef * entropy
+        metrics["entropy_loss"] = entropy
+    if batch.ref_log_probs is not None:
+        kl_loss = mean(kl_estimate(log_probs_T, batch.ref_log_probs, cfg.kl_loss_type))
+        loss = loss + cfg.kl_loss_coef * kl_loss
+        metrics["kl_loss"] = kl_loss
+    if batch.rollout_log_probs is not None:
+        metrics["train_rollout_logprob_abs_diff"] = mean((old_T - batch.rollout_log_probs).abs())
+    return LossOutput(loss, _detached(metrics | {"loss": loss}))
+
+
+def sft_loss(outputs: TokenOutputs, batch: PackedBatch, sequence_sum: SequenceSum) -> LossOutput:
+    """Negative log-likelihood of the trained tokens."""
+    loss = _share(batch.loss_weights, -outputs.log_probs)
+    return LossOutput(loss, _detached({"loss": loss}))
+
+
+def loss_for(cfg: AlgorithmConfig) -> LossFn:
+    """The loss that `--loss-type` names."""
+    losses: dict[str, Callable[..., LossOutput]] = {"policy_loss": partial(policy_loss, cfg=cfg), "sft_loss": sft_loss}
+    return losses[cfg.loss_type]
+
+
+def _share(weights_T: Tensor, values_T: Tensor) -> Tensor:
+    """The weighted sum; a masked token adds nothing even where its value is not finite."""
+    return torch.where(weights_T != 0, weights_T * values_T, 0.0).sum()
+
+
+def _detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in metrics.items()}

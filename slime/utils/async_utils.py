@@ -1,0 +1,31 @@
+"""Running coroutines from synchronous code."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@functools.cache
+def _background_loop() -> asyncio.AbstractEventLoop:
+    """One event loop a process, in a thread of its own, so that HTTP connections outlive a single `run`."""
+    import uvloop
+
+    loop = uvloop.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="slime-asyncio", daemon=True).start()
+    return loop
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of `coroutine`, run in the process's background event loop; KeyboardInterrupt cancels it."""
+    future = asyncio.run_coroutine_threadsafe(coroutine, _background_loop())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise

@@ -1,0 +1,124 @@
+"""HTTP with deadlines and bounded retries: the one place that owns a client."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+import weakref
+from typing import Any
+
+import aiohttp
+import orjson
+
+logger = logging.getLogger(__name__)
+
+# A worker died or the router has none at the moment: another attempt may reach a restarted one.
+RETRIED_STATUS = frozenset({502, 503, 504})
+RETRIED_ERRORS = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError)
+FIRST_BACKOFF_S = 0.05
+LONGEST_BACKOFF_S = 2.0
+
+_sessions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, aiohttp.ClientSession] = weakref.WeakKeyDictionary()
+
+
+class HTTPError(RuntimeError):
+    """An answer that is not 2xx, or none within the deadline. status: None where there was no answer."""
+
+    def __init__(self, message: str, status: int | None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+async def post(
+    url: str,
+    payload: Any,
+    *,
+    timeout_s: float = 14400.0,
+    retry_for_s: float = 300.0,
+    headers: dict[str, str] | None = None,
+) -> Any:
+    """POST `payload` as JSON; the answer's JSON.
+
+    timeout_s: deadline of one attempt. retry_for_s: how long lost connections and answers 502, 503, 504 are tried again;
+    other answers fail at once, with the server's words. Raises HTTPError.
+    """
+    return await _request("POST", url, orjson.dumps(payload), timeout_s, retry_for_s, headers)
+
+
+async def get(
+    url: str, *, timeout_s: float = 60.0, retry_for_s: float = 0.0, headers: dict[str, str] | None = None
+) -> Any:
+    """GET; the answer's JSON, or its text where it is none. Deadlines and errors as `post`."""
+    return await _request("GET", url, None, timeout_s, retry_for_s, headers)
+
+
+async def delete(url: str, *, timeout_s: float = 60.0, headers: dict[str, str] | None = None) -> Any:
+    """DELETE; the answer's JSON. Raises HTTPError."""
+    return await _request("DELETE", url, None, timeout_s, 0.0, headers)
+
+
+async def _request(
+    method: str, url: str, body: bytes | None, timeout_s: float, retry_for_s: float, headers: dict[str, str] | None
+) -> Any:
+    give_up_at = time.monotonic() + retry_for_s
+    backoff_s = FIRST_BACKOFF_S
+    while True:
+        try:
+            return await _attempt(method, url, body, timeout_s, headers)
+        except HTTPError as error:
+            if error.status is not None and error.status not in RETRIED_STATUS:
+                raise
+            if time.monotonic() + backoff_s > give_up_at:
+                raise
+            logger.debug("%s %s: %s; trying again in %.2f s", method, url, error, backoff_s)
+        await asyncio.sleep(backoff_s)
+        backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+
+
+async def _attempt(
+    method: str, url: str, body: bytes | None, timeout_s: float, headers: dict[str, str] | None
+) -> Any:
+    all_headers = {"Content-Type": "application/json"} if body is not None else {}
+    try:
+        async with _session().request(
+            method, url, data=body, headers=all_headers | (headers or {}), timeout=aiohttp.ClientTimeout(total=timeout_s)
+        ) as response:
+            content = await response.read()
+            status = response.status
+    except RETRIED_ERRORS as error:
+        raise HTTPError(f"{method} {url}: {type(error).__name__}: {error}", None) from error
+    except TimeoutError as error:
+        raise HTTPError(f"{method} {url}: no answer within {timeout_s:g} s", 408) from error
+    if status >= 300:
+        raise HTTPError(f"{method} {url} answered {status}: {content[:2000].decode(errors='replace')}", status)
+    try:
+        return orjson.loads(content) if content else None
+    except orjson.JSONDecodeError:
+        return content.decode(errors="replace")
+
+
+def _session() -> aiohttp.ClientSession:
+    """The client of the running event loop: connections are kept between calls, their number is the caller's affair."""
+    loop = asyncio.get_running_loop()
+    session = _sessions.get(loop)
+    if session is None or session.closed:
+        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
+        session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
+        _sessions[loop] = session
+    return session
+
+
+async def close() -> None:
+    """Close the client of the running event loop."""
+    session = _sessions.pop(asyncio.get_running_loop(), None)
+    if session is not None:
+        await session.close()
+
+
+def find_free_port(host: str = "127.0.0.1") -> int:
+    """A port nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,1 @@
+"""Named tensors from trainers to engines: gather, transport, version, checksum."""

@@ -1,0 +1,105 @@
+"""The disk transport: weights go to the engines as a Hugging Face directory on a memory or shared file system."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slime.engine.client import EngineClient
+
+SHARD_BYTES = 4 * 2**30
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", "*.gguf", "*.msgpack", "*.h5")
+
+
+def write_hf_directory(
+    tensors: Iterable[tuple[str, Tensor]], directory: Path, *, assets: str, is_writer: bool
+) -> None:
+    """Write a directory that `transformers` loads; complete or absent.
+
+    tensors: full tensors under Hugging Face names; every rank iterates to the end, since gathering is a collective.
+    assets: Hugging Face directory whose config and tokenizer files are copied. is_writer: this rank writes.
+    """
+    if not is_writer:
+        for _ in tensors:
+            pass
+        return
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write_shards(tensors, temporary)
+        copy_assets(Path(assets), temporary)
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        nonlocal shard, size
+        save_file(shard, directory / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard, size = {}, 0
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+        shard[name] = tensor.cpu()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    weight_map = {name: f"model-{i + 1:05d}.safetensors" for i, names in enumerate(shards) for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def copy_assets(source: Path, target: Path) -> None:
+    """Config, tokenizer and remote code of a Hugging Face directory: everything that is not weights."""
+    for path in source.iterdir():
+        if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHT_FILES):
+            shutil.copyfile(path, target / path.name)
+
+
+class DiskTransport:
+    """Sends versions of the weights through folders `v000001`, `v000002`, ... and keeps the newest for restarts."""
+
+    def __init__(self, directory: Path, *, assets: str, is_writer: bool) -> None:
+        self.directory = directory
+        self.assets = assets
+        self.is_writer = is_writer
+
+    def path_of(self, version: int) -> Path:
+        """The folder of a version."""
+        return self.directory / f"v{version:06d}"
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> Path:
+        """Write a version; a collective. Raises OSError where the file system is full."""
+        path = self.path_of(version)
+        write_hf_directory(tensors, path, assets=self.assets, is_writer=self.is_writer)
+        return path
+
+    async def load_into(self, engines: Sequence[EngineClient], version: int, *, timeout_s: float) -> None:
+        """Have every engine take the version, then delete older ones."""
+        path = str(self.path_of(version).resolve())
+        await asyncio.gather(
+            *(engine.update_weights_from_disk(path, version=version, timeout_s=timeout_s) for engine in engines)
+        )
+        self.delete_before(version)
+
+    def delete_before(self, version: int) -> None:
+        """Delete every version older than `version`."""
+        newest = self.path_of(version).name
+        for path in self.directory.glob("v*"):
+            if path.name < newest:
+                shutil.rmtree(path, ignore_errors=True)
