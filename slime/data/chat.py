@@ -38,7 +38,7 @@ def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     *,
-    tools: list[dict[str, Any]] | None = None,
+    tools: list[Any] | None = None,
     template_kwargs: dict[str, Any] | None = None,
 ) -> str:
     """The text that asks for the next assistant turn: the tokenizer's chat template with its generation prompt.

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +86,7 @@ class RowKeys:
 
 def _required(row: Row, key: str, flag: str) -> Any:
     if key not in row.values:
-        raise ValueError(f"{row.location}: no key {key!r}, it has {sorted(row.values)}. Name the right one with {flag}.")
+        raise ValueError(f"{row.location}: no key {key!r}, it has {sorted(row.values)}. Set {flag}.")
     return row.values[key]
 
 
@@ -104,9 +103,17 @@ def check_prompt_file(
     Raises ValueError, one sentence with file, line and reason, at the first row that `Dataset` would refuse.
     """
     keys = RowKeys(input_key, label_key, metadata_key, tool_key)
-    num_prompts = sum(1 for _ in _read_prototypes(path, keys))
+    num_prompts = 0
+    for row in read_rows(path):
+        keys.read(row)
+        num_prompts += 1
     _check_not_empty(path, num_prompts)
     return num_prompts
+
+
+def _check_not_empty(path: str, num_prompts: int) -> None:
+    if num_prompts == 0:
+        raise ValueError(f"data file {path!r} holds no prompts")
 
 
 @dataclass
@@ -137,12 +144,17 @@ class Dataset:
 
     def __post_init__(self) -> None:
         keys = RowKeys(self.input_key, self.label_key, self.metadata_key, self.tool_key)
-        prototypes = list(_read_prototypes(self.path, keys, render=self._render if self.apply_chat_template else None))
-        _check_not_empty(self.path, len(prototypes))
+        samples = []
+        for row in read_rows(self.path):
+            sample = keys.read(row)
+            if self.apply_chat_template:
+                sample.prompt = self._render(sample, row.location)
+            samples.append(sample)
+        _check_not_empty(self.path, len(samples))
         if self.max_prompt_len is not None:
-            prototypes = self._drop_long(prototypes, self.max_prompt_len)
-        self.origin_samples = prototypes
-        self.samples = prototypes
+            samples = self._without_long(samples, self.max_prompt_len)
+        self.origin_samples = samples
+        self.samples = samples
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -155,3 +167,45 @@ class Dataset:
         order = list(range(len(self.origin_samples)))
         random.Random(f"{self.seed}/{epoch}").shuffle(order)
         self.samples = [self.origin_samples[index] for index in order]
+
+    def _render(self, sample: Sample, location: str) -> str:
+        messages = [{"role": "user", "content": sample.prompt}] if isinstance(sample.prompt, str) else sample.prompt
+        try:
+            return render_prompt(
+                self._need_tokenizer("apply_chat_template"),
+                messages,
+                tools=sample.metadata.get("tools"),
+                template_kwargs=self.apply_chat_template_kwargs,
+            )
+        except ValueError as error:
+            raise ValueError(f"{location}: {error}") from error
+
+    def _without_long(self, samples: list[Sample], max_prompt_len: int) -> list[Sample]:
+        tokenizer = self._need_tokenizer("max_prompt_len")
+        kept = []
+        for start in range(0, len(samples), _TOKENIZER_BATCH):
+            batch = samples[start : start + _TOKENIZER_BATCH]
+            lengths = _prompt_lengths(tokenizer, batch)
+            kept += [sample for sample, length in zip(batch, lengths, strict=True) if length <= max_prompt_len]
+        if not kept:
+            raise ValueError(
+                f"data file {self.path!r}: all {len(samples)} prompts are longer than {max_prompt_len} tokens. "
+                "Raise --rollout-max-prompt-len."
+            )
+        if len(kept) < len(samples):
+            logger.warning(
+                "%s: %d of %d prompts dropped, longer than %d tokens",
+                self.path, len(samples) - len(kept), len(samples), max_prompt_len,
+            )  # fmt: skip
+        return kept
+
+    def _need_tokenizer(self, argument: str) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError(f"Dataset: {argument} needs a tokenizer")
+        return self.tokenizer
+
+
+def _prompt_lengths(tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[int]:
+    """Tokens of each text prompt, [len(samples)]; 0 for a list of messages."""
+    texts = [sample.prompt if isinstance(sample.prompt, str) else "" for sample in samples]
+    return [len(token_ids) for token_ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

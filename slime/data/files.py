@@ -27,7 +27,7 @@ def split_slice(path: str) -> tuple[str, slice]:
         return path, slice(None)
     bounds = _BOUNDS.fullmatch(match["bounds"].replace(" ", ""))
     if bounds is None:
-        raise ValueError(f"data file {path!r}: the slice must be [start:stop] with whole numbers, either may be left out")
+        raise ValueError(f"data file {path!r}: the slice must be [start:stop], each a whole number or left out")
     start, stop = (None if bound is None else int(bound) for bound in bounds.groups())
     return match["path"], slice(start, stop)
 
@@ -67,7 +67,7 @@ def _take(lines: Iterable[tuple[int, bytes]], rows: slice) -> Iterable[tuple[int
 
 def _parse_object(line: bytes, location: str) -> dict[str, Any]:
     try:
-        values = json.loads(line)
+        values = json.loads(line.rstrip())  # with its newline, an error at the end would be at column 1
     except json.JSONDecodeError as error:
         raise ValueError(f"{location}: not valid JSON ({error.msg} at column {error.colno})") from error
     except UnicodeDecodeError as error:

@@ -1,9 +1,9 @@
 """How long each phase of a step took: `perf/{phase}_time` metrics and `phases.jsonl`, the stamps of a waterfall.
 
-    with timer.phase("train"):
-        with timer.phase("log_probs"):   # its seconds count in both
-            ...
-    tracker.log("rollout/step", rollout_id, timer.collect())
+with timer.phase("train"):
+    with timer.phase("log_probs"):   # its seconds count in both
+        ...
+tracker.log("rollout/step", rollout_id, timer.collect())
 """
 
 from __future__ import annotations

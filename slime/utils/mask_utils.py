@@ -1,36 +1,45 @@
-"""Token ids and loss masks of multi-turn conversations, found by template difference.
+r"""Token ids and loss masks of multi-turn conversations, found by template difference.
 
 A turn is trained on exactly where the policy would have sampled it: from the end of the generation prompt to the
-token that ends the turn. For a Qwen conversation (step_loss_mask 1 is the default, 0 leaves a turn out):
+token that ends the turn. For a Qwen conversation:
 
-    <|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\nhello<|im_end|>\\n
-     0           0     0  0         0  0           0        0  1    1         0
+    <|im_start|> user \n hi <|im_end|> \n <|im_start|> assistant \n hello <|im_end|> \n
+          0        0   0  0      0      0       0          0      0    1       1      0
 
-Where a turn stands is never counted by hand: with render(.) the tokenizer's own template, `render(turns before, with the
-generation prompt)` must be a prefix of `render(turns up to this one)`, and that of `render(the whole conversation)`.
-The families differ in what their template does to earlier turns:
+`step_loss_mask: 0` in a message leaves its turn out; 1 is the default.
 
-    qwen          nothing: every rendering is a prefix of the longer one
-    qwen3         drops the reasoning before the last user message: such a turn is trained on as the whole rendering has
-                  it, and is an error if that lost any of its content
-    distill_qwen  drops the reasoning of every turn: only the last turn can be trained on, put behind the generation
-                  prompt with its reasoning
+Where a turn stands is never counted by hand. With render(.) the tokenizer's own template, `render(turns before it, with
+generation prompt)` must be a prefix of `render(turns up to it)`, and that of `render(conversation)`; otherwise the turn
+cannot be masked exactly and is an error. The families differ in what their templates do to earlier turns:
+
+    qwen          nothing: each rendering is a prefix of the next
+    qwen3         drops the reasoning before the last user message. Such a turn is trained on as the whole rendering
+                  has it; it is an error if that lost some of its text
+    distill_qwen  drops the reasoning of every turn, so only the last turn can be trained on: its content, reasoning
+                  included, behind the generation prompt
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jinja2
+
+from slime.utils.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-from slime.utils.types import Message
-
 TOKENIZER_TYPES = ("qwen", "qwen3", "distill_qwen")
 
-_PROBE = "slime-loss-mask-probe"
+# Turns put behind a conversation to see how it is rendered when it is not the end. A system message leaves "the last
+# user message" where it was, a user message moves it.
+_PROBE_TEXT = "loss mask probe"
+_PROBES: tuple[Message, ...] = ({"role": "system", "content": _PROBE_TEXT}, {"role": "user", "content": _PROBE_TEXT})
+
+Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
 
 
 class Segment(NamedTuple):
@@ -38,3 +47,192 @@ class Segment(NamedTuple):
 
     text: str
     is_trained: bool
+
+
+class MultiTurnLossMaskGenerator:
+    """Token ids and loss masks of conversations under one tokenizer.
+
+    tokenizer_type: the chat family, one of `TOKENIZER_TYPES`.
+    template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tokenizer_type: str = "qwen",
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if tokenizer_type not in TOKENIZER_TYPES:
+            raise ValueError(f"--loss-mask-type must be one of {', '.join(TOKENIZER_TYPES)}, got {tokenizer_type!r}")
+        self.tokenizer = tokenizer
+        self.tokenizer_type = tokenizer_type
+        self.template_kwargs = template_kwargs or {}
+        added = tokenizer.added_tokens_decoder.items()
+        self._special_ids = set(tokenizer.all_special_ids) | {index for index, token in added if token.special}
+
+    def get_loss_mask(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """The token ids of the conversation and a mask of the same length, 1 where a token is trained on.
+
+        messages: {"role", "content", optional "step_loss_mask" 0 or 1, ...}; assistant turns are trained on.
+        Raises ValueError, naming the message, where a turn cannot be masked exactly.
+        """
+        trained = [number for number, message in enumerate(messages) if _is_trained(message, number)]
+        clean = [{key: value for key, value in message.items() if key != "step_loss_mask"} for message in messages]
+
+        def render(turns: list[Message], *, add_generation_prompt: bool = False) -> str:
+            return self._render(turns, tools, add_generation_prompt)
+
+        if self.tokenizer_type == "distill_qwen" and trained:
+            segments = _last_turn_segments(clean, trained, render)
+        else:
+            segments = _segments(clean, trained, render, allow_shortened=self.tokenizer_type == "qwen3")
+        return self._encode(segments)
+
+    def get_response_lengths(self, loss_masks: list[list[int]]) -> list[int]:
+        """Tokens from the first that is trained on to the end, for each mask; 0 where there is none."""
+        return [len(mask) - mask.index(1) if 1 in mask else 0 for mask in loss_masks]
+
+    def get_text_from_loss_mask(self, token_ids: list[int], loss_mask: list[int]) -> list[str]:
+        """The text of each stretch of tokens that is trained on."""
+        runs = groupby(zip(token_ids, loss_mask, strict=True), key=lambda pair: pair[1])
+        return [self._decode([token_id for token_id, _ in run]) for is_trained, run in runs if is_trained]
+
+    def _render(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.template_kwargs,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses these messages ({error})") from error
+        return str(text)
+
+    def _encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
+        """Tokenizes segment by segment, as a prompt and its response are at generation.
+
+        A token of the whole text that reached over a boundary is therefore split there. Raises ValueError if the tokens
+        spell another text than those of the whole.
+        """
+        segments = [segment for segment in segments if segment.text]
+        texts = [segment.text for segment in segments]
+        whole_ids, *pieces = self.tokenizer(["".join(texts), *texts], add_special_tokens=False)["input_ids"]
+        token_ids: list[int] = []
+        loss_mask: list[int] = []
+        for piece, segment in zip(pieces, segments, strict=True):
+            num_trained = self._turn_length(piece) if segment.is_trained else 0
+            token_ids += piece
+            loss_mask += [1] * num_trained + [0] * (len(piece) - num_trained)
+        if token_ids != whole_ids and self._decode(token_ids) != self._decode(whole_ids):
+            raise ValueError("the tokenizer gives other text for a turn alone than within the conversation")
+        return token_ids, loss_mask
+
+    def _turn_length(self, token_ids: list[int]) -> int:
+        """Tokens up to the one that ends the turn, without the line break that a template puts behind it."""
+        last_special = max((place for place, index in enumerate(token_ids) if index in self._special_ids), default=-1)
+        behind = token_ids[last_special + 1 :]
+        return len(token_ids) - len(behind) if last_special >= 0 and self._decode(behind).isspace() else len(token_ids)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _is_trained(message: Message, number: int) -> bool:
+    mask: int = message.get("step_loss_mask", 1)
+    if mask not in (0, 1):
+        raise ValueError(f"message {number}: step_loss_mask must be 0 or 1, got {mask!r}")
+    return bool(mask) and message["role"] == "assistant"
+
+
+def _segments(messages: list[Message], trained: list[int], render: Render, *, allow_shortened: bool) -> list[Segment]:
+    """The whole rendering, cut at the ends of the trained turns."""
+    whole = render(messages)
+    segments = []
+    end = 0
+    for number in trained:
+        if number == 0:
+            raise ValueError("message 0 is an assistant turn: there is no prompt it could answer")
+        bounds = _bounds(messages, number, whole, render)
+        if bounds is None and allow_shortened:
+            bounds = _shortened_bounds(messages, number, whole, render)
+        if bounds is None:
+            raise ValueError(
+                f"message {number}: the chat template renders this turn differently once the conversation goes on, so "
+                "it cannot be masked exactly. Set its step_loss_mask to 0, or choose another --loss-mask-type."
+            )
+        start, stop = bounds
+        segments += [Segment(whole[end:start], False), Segment(whole[start:stop], True)]
+        end = stop
+    return [*segments, Segment(whole[end:], False)]
+
+
+def _bounds(messages: list[Message], number: int, whole: str, render: Render) -> tuple[int, int] | None:
+    """Where turn `number` starts and stops in `whole`, if `whole` has it as it was sampled."""
+    prompt = render(messages[:number], add_generation_prompt=True)
+    answered = render(messages[: number + 1])
+    if answered.startswith(prompt) and whole.startswith(answered):
+        return len(prompt), len(answered)
+    return None
+
+
+def _shortened_bounds(messages: list[Message], number: int, whole: str, render: Render) -> tuple[int, int] | None:
+    """Where turn `number` stands in `whole`, if the template shortened it without losing text of the message."""
+    before = render(messages[:number])
+    generation_prompt = render(messages[:number], add_generation_prompt=True).removeprefix(before)
+    begin = _end_within(messages[:number], whole, render)
+    stop = _end_within(messages[: number + 1], whole, render)
+    if begin is None or stop is None or not whole.startswith(generation_prompt, begin):
+        return None
+    start = begin + len(generation_prompt)
+    for key in ("reasoning_content", "content"):
+        text = messages[number].get(key)
+        if isinstance(text, str) and text.strip() not in whole[start:stop]:
+            raise ValueError(
+                f"message {number}: the chat template drops part of its {key} (reasoning) once the conversation goes "
+                "on. Set its step_loss_mask to 0, or end a conversation of its own with this turn."
+            )
+    return start, stop
+
+
+def _end_within(messages: list[Message], whole: str, render: Render) -> int | None:
+    """Where `messages` end in `whole`, of which they are the beginning, whatever follows there.
+
+    With a probe turn p behind them, render(m p) = m' p' and render(m p p) = m' p' p' give p' by difference, hence m'.
+    """
+    alone = render(messages)
+    if whole.startswith(alone):
+        return len(alone)
+    for probe in _PROBES:
+        try:
+            once, twice = render([*messages, probe]), render([*messages, probe, probe])
+        except ValueError:  # this template has no such turn at this place: the other probe may do
+            continue
+        probe_text = twice.removeprefix(once)
+        if probe_text and once.endswith(probe_text) and whole.startswith(once.removesuffix(probe_text)):
+            return len(once) - len(probe_text)
+    return None
+
+
+def _last_turn_segments(messages: list[Message], trained: list[int], render: Render) -> list[Segment]:
+    """The generation prompt, then the last message's content and what the template ends a turn with."""
+    last = len(messages) - 1
+    if trained != [last]:
+        raise ValueError(
+            f"message {trained[0]}: under --loss-mask-type distill_qwen only the last message can be trained on, the "
+            "template drops the reasoning of others. Set their step_loss_mask to 0."
+        )
+    *context, answer = messages
+    content = answer["content"]
+    if not context or not isinstance(content, str):
+        raise ValueError(f"message {last}: must be text that answers an earlier message")
+    prompt = render(context, add_generation_prompt=True)
+    head, found, ending = render([*context, {"role": "assistant", "content": _PROBE_TEXT}]).rpartition(_PROBE_TEXT)
+    whole = render(messages)
+    kept = whole[len(head) : len(whole) - len(ending)]
+    if not (found and whole == head + kept + ending and prompt.startswith(head) and content.endswith(kept)):
+        raise ValueError(f"message {last}: the chat template is not of the family distill_qwen")
+    return [Segment(prompt, False), Segment(content.removeprefix(prompt.removeprefix(head)) + ending, True)]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -89,13 +88,10 @@ class DiskTransport:
         write_hf_directory(tensors, path, assets=self.assets, is_writer=self.is_writer)
         return path
 
-    async def load_into(self, engines: Sequence[EngineClient], version: int, *, timeout_s: float) -> None:
-        """Have every engine take the version, then delete older ones."""
+    async def load_into(self, engine: EngineClient, version: int, *, timeout_s: float) -> None:
+        """Have an engine take the version. Raises HTTPError, EngineError."""
         path = str(self.path_of(version).resolve())
-        await asyncio.gather(
-            *(engine.update_weights_from_disk(path, version=version, timeout_s=timeout_s) for engine in engines)
-        )
-        self.delete_before(version)
+        await engine.update_weights_from_disk(path, version=version, timeout_s=timeout_s)
 
     def delete_before(self, version: int) -> None:
         """Delete every version older than `version`."""

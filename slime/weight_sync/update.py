@@ -10,6 +10,7 @@ from torch import Tensor
 from slime.engine.client import EngineClient
 from slime.utils.async_utils import run
 from slime.utils.checksum import tensor_checksum
+from slime.utils.http_utils import HTTPError
 from slime.weight_sync.disk import DiskTransport
 
 
@@ -25,30 +26,47 @@ def send_weights(
     version: int,
     timeout_s: float,
     check_equal: bool,
-) -> None:
+) -> list[str]:
     """Bring every engine to `version`. A collective among trainers; the transport's writer talks to the engines.
 
     tensors: full tensors under Hugging Face names. check_equal: compare checksums of all tensors afterwards.
-    Raises WeightMismatch naming engine and tensor.
+    Returns the addresses of engines that could not be reached: they are to be restarted from the version's directory.
+    Raises EngineError where an engine refuses the weights, WeightMismatch naming engine and tensor.
     """
     checksums: dict[str, str] = {}
     source = _with_checksums(tensors, checksums) if check_equal else tensors
     transport.write(source, version)
     if not transport.is_writer:
-        return
-    run(_load(transport, engines, version, timeout_s))
+        return []
+    lost = run(_update_all(transport, engines, version, timeout_s))
     if check_equal:
-        run(_compare(engines, checksums))
+        run(_compare([engine for engine in engines if engine not in lost], checksums))
+    return [engine.url for engine in lost]
 
 
-async def _load(
+async def _update_all(
     transport: DiskTransport, engines: Sequence[EngineClient], version: int, timeout_s: float
-) -> None:
-    await asyncio.gather(*(engine.pause() for engine in engines))
-    try:
-        await transport.load_into(engines, version, timeout_s=timeout_s)
-    finally:
-        await asyncio.gather(*(engine.resume() for engine in engines))
+) -> list[EngineClient]:
+    """The engines that were lost on the way."""
+    results = await asyncio.gather(
+        *(_update(engine, transport, version, timeout_s) for engine in engines), return_exceptions=True
+    )
+    for error in results:
+        if isinstance(error, BaseException) and not _is_lost(error):
+            raise error
+    transport.delete_before(version)
+    return [engine for engine, error in zip(engines, results, strict=True) if error is not None]
+
+
+async def _update(engine: EngineClient, transport: DiskTransport, version: int, timeout_s: float) -> None:
+    await engine.pause()
+    await transport.load_into(engine, version, timeout_s=timeout_s)
+    await engine.resume()
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether the engine did not answer, as opposed to answering that it failed."""
+    return isinstance(error, HTTPError) and (error.status is None or error.status == 408)
 
 
 def _with_checksums(

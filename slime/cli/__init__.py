@@ -1,0 +1,1 @@
+"""The `slime` console command; thin."""

@@ -1,0 +1,30 @@
+"""`slime train`: parse, check, run; what the user got wrong ends in one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from slime.arguments import parse_args
+from slime.cli.errors import reported_errors
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # plug-ins beside the user
+    with reported_errors() as outcome:
+        args = parse_args(argv)
+        if args.dry_run:
+            from slime.cli.dry_run import print_plan
+
+            print_plan(args)
+            return 0
+        from slime.driver import train
+        from slime.ray.job import run_directory
+
+        outcome.log_dir = run_directory(args)
+        run_dir = train(args)
+        print(f"run directory: {run_dir}")
+    return outcome.code

@@ -1,0 +1,105 @@
+"""Keys and values of all tokens that requests and the prefix cache still need, in pages of one pool.
+
+Legend: L layers, H key-value heads, D head dimension, P page size, N pages.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAGE_SIZE = 16
+"""Tokens in a page. Lengths padded to whole pages are whole vectors of every CPU, which exactness rests on."""
+
+DUMMY_PAGE = 0
+"""Never handed out: padding tokens write here."""
+
+
+class OutOfPages(Exception):
+    """The pool has too few free pages."""
+
+
+class KVCache:
+    """A pool of reference-counted pages; the tensors live while memory is not released."""
+
+    def __init__(
+        self, num_layers: int, num_heads: int, head_dim: int, *, num_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_pages = -(-num_tokens // PAGE_SIZE) + 1
+        self._shape = (num_layers, 2, num_heads, self.num_pages, PAGE_SIZE, head_dim)
+        self._dtype, self._device = dtype, device
+        self._pool: Tensor | None = None
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._references = np.zeros(self.num_pages, dtype=np.int32)
+        self._free = list(range(self.num_pages - 1, DUMMY_PAGE, -1))
+        self._highest_used = 0
+        self.allocate_memory()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit."""
+        return (self.num_pages - 1) * PAGE_SIZE
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that nothing refers to."""
+        return len(self._free)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole pool."""
+        return int(np.prod(self._shape)) * self._dtype.itemsize
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the pool's tensors exist."""
+        return self._pool is not None
+
+    def allocate_memory(self) -> None:
+        """Makes the pool's tensors, zeroed: a stale NaN in padding would poison what attends to it with weight 0."""
+        self._pool = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+        self._layers = [(layer[0], layer[1]) for layer in self._pool]
+        self._highest_used = 0
+
+    def release_memory(self) -> None:
+        """Frees the pool's tensors; only when no page is in use."""
+        assert self.num_free_pages == self.num_pages - 1, f"{self.num_pages - 1 - self.num_free_pages} pages still in use"
+        self._pool, self._layers = None, []
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The pool of one layer: keys and values, each [H, N, P, D]."""
+        return self._layers[layer]
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` pages with one reference each. Raises OutOfPages and takes none where fewer are free."""
+        if count > len(self._free):
+            raise OutOfPages(f"{count} pages wanted, {len(self._free)} free")
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+            self._highest_used = max(self._highest_used, page)
+        return pages
+
+    def share(self, pages: list[int]) -> None:
+        """Adds a reference to each page."""
+        for page in pages:
+            self._references[page] += 1
+
+    def free(self, pages: list[int]) -> None:
+        """Drops a reference of each page; a page without any is free."""
+        for page in pages:
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copies the keys and values of all layers of one page."""
+        assert self._pool is not None
+        self._pool[:, :, :, target] = self._pool[:, :, :, source]
+
+    def clear(self) -> None:
+        """Zeroes what was ever written, so that a NaN of broken weights does not outlive them."""
+        if self._pool is not None:
+            self._pool[:, :, :, : self._highest_used + 1] = 0
+        self._highest_used = 0

@@ -1,0 +1,183 @@
+"""The model: loaded from a Hugging Face folder, run over packed tokens with our attention and cache.
+
+Legend: T tokens of a forward pass, R rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from slime.engine.embedded.args import ServerArgs
+from slime.engine.embedded.attention import PagedAttention, Segment, make_plan
+from slime.engine.embedded.kv_cache import PAGE_SIZE, KVCache
+
+logger = logging.getLogger(__name__)
+
+ROW_MULTIPLE = 16
+"""Tokens of a pass and rows of logits are padded to a multiple: below about 12 rows a matrix product sums in another order."""
+
+DEFAULT_CPU_CACHE_BYTES = 2 << 30
+SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+_attention_names = itertools.count()
+
+
+class ModelRefused(Exception):
+    """The model cannot be served; the message is one sentence for the user."""
+
+
+class ModelRunner:
+    """A model with its key-value cache."""
+
+    def __init__(self, args: ServerArgs) -> None:
+        self.device = torch.device(_resolve_device(args.device))
+        config = _load_config(args)
+        self.model = _load_model(args, config, self.device)
+        self.text_config = self.model.config.get_text_config()
+        self.dtype = self.model.dtype
+        self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
+        self.context_length = _context_length(args, self.text_config)
+        self.is_exact = self.dtype == torch.float32 and (self.device.type == "cpu" or args.enable_deterministic_inference)
+        self._num_query_heads = int(self.text_config.num_attention_heads)
+        self.cache = self._make_cache(args)
+        self._attention = PagedAttention(self.cache, exact=self.is_exact)
+        self._takes_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._attention_name = f"slime_paged_{next(_attention_names)}"
+        ALL_ATTENTION_FUNCTIONS.register(self._attention_name, self._attention)
+        self.check_attention()
+
+    @torch.inference_mode()
+    def forward(self, tokens: list[int], positions: list[int], segments: list[Segment], rows: list[int]) -> Tensor:
+        """Runs the segments' tokens (lists of T) and returns float32 logits [R, V] of the tokens numbered by `rows`."""
+        padding = -len(tokens) % ROW_MULTIPLE
+        row_padding = -len(rows) % ROW_MULTIPLE
+        self._attention.plan = make_plan(
+            segments, len(tokens) + padding, num_query_heads=self._num_query_heads, device=self.device
+        )
+        input_ids = torch.tensor([tokens + [0] * padding], device=self.device)
+        position_ids = torch.tensor([positions + [0] * padding], device=self.device)
+        kept = torch.tensor(rows + [0] * row_padding, device=self.device)
+        options: dict[str, Any] = {"logits_to_keep": kept} if self._takes_rows else {}
+        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options).logits[0]
+        if not self._takes_rows:
+            logits = logits[kept]
+        return logits[: len(rows)].float()
+
+    @torch.inference_mode()
+    def check_attention(self) -> None:
+        """Compares a few tokens in two passes against the model's own attention in one, and switches to ours.
+
+        Raises ModelRefused where they differ: a model that keeps state elsewhere, or biases its scores, is found here.
+        """
+        tokens = [token % self.vocab_size for token in range(7, 7 + 11)]
+        self.model.set_attn_implementation("eager")
+        reference = self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=False).logits[0].float()
+        self.model.set_attn_implementation(self._attention_name)
+        pages = self.cache.allocate(1)
+        parts = []
+        for start, end in ((0, 6), (6, 10), (10, 11)):
+            segment = Segment(0, end - start, start, pages)
+            positions = list(range(start, end))
+            parts.append(self.forward(tokens[start:end], positions, [segment], list(range(end - start))))
+        self.cache.free(pages)
+        gap = (torch.cat(parts).log_softmax(-1) - reference.log_softmax(-1)).abs().mean().item()
+        limit = 1e-3 if self.dtype == torch.float32 else 0.1
+        if not gap <= limit and bool(reference.isfinite().all()):
+            name = type(self.model).__name__
+            raise ModelRefused(
+                f"{name} cannot be served by the embedded engine: its log-probabilities differ from the model's own by "
+                f"{gap:.2g} on average, so it does more than causal attention over a key-value cache. Use SGLang for it."
+            )
+
+    def _make_cache(self, args: ServerArgs) -> KVCache:
+        config = self.text_config
+        num_heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        layers = int(config.num_hidden_layers)
+        bytes_per_token = 2 * layers * num_heads * head_dim * self.dtype.itemsize
+        num_tokens = args.max_total_tokens or _cache_tokens(args, self, bytes_per_token)
+        if num_tokens < PAGE_SIZE:
+            raise ModelRefused(f"the free memory holds {num_tokens} tokens of key-value cache; raise --mem-fraction-static.")
+        return KVCache(layers, num_heads, head_dim, num_tokens=num_tokens, dtype=self.dtype, device=self.device)
+
+
+def _cache_tokens(args: ServerArgs, runner: ModelRunner, bytes_per_token: int) -> int:
+    """Tokens that fit the allowed share of the free memory, and no more than all running requests twice over can use."""
+    if runner.device.type == "cuda":
+        allowed = int(torch.cuda.mem_get_info(runner.device)[0] * args.mem_fraction_static)
+    else:
+        allowed = min(int(psutil.virtual_memory().available * args.mem_fraction_static), DEFAULT_CPU_CACHE_BYTES)
+    return min(allowed // bytes_per_token, 2 * args.max_running_requests * runner.context_length)
+
+
+def _resolve_device(device: str) -> str:
+    if device != "auto":
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ModelRefused("--device cuda was asked for, but torch sees no GPU.")
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load_config(args: ServerArgs) -> Any:
+    folder = Path(args.model_path)
+    if not folder.is_dir():
+        raise ModelRefused(f"--model-path {args.model_path} is not a folder.")
+    if not (folder / "config.json").is_file():
+        raise ModelRefused(f"--model-path {args.model_path} has no config.json: it is not a Hugging Face checkpoint.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelRefused(f"{folder / 'config.json'} cannot be read: {error}") from error
+    layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ()) - SERVED_LAYER_TYPES
+    if layer_types:
+        raise ModelRefused(
+            f"{config.model_type} cannot be served by the embedded engine: it has layers of type "
+            f"{', '.join(sorted(layer_types))}, which need state beyond a key-value cache. Use SGLang for it."
+        )
+    return config
+
+
+def _load_model(args: ServerArgs, config: Any, device: torch.device) -> PreTrainedModel:
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model_path, config=config, dtype=dtype, trust_remote_code=args.trust_remote_code
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ModelRefused(f"the model in {args.model_path} cannot be loaded: {error}") from error
+    if not model._supports_attention_backend:
+        raise ModelRefused(
+            f"{type(model).__name__} cannot be served by the embedded engine: its attention cannot be replaced "
+            "(it does not use transformers' attention interface). Use SGLang for it."
+        )
+    model.requires_grad_(False)
+    return model.eval().to(device)
+
+
+def _context_length(args: ServerArgs, config: Any) -> int:
+    longest = int(getattr(config, "max_position_embeddings", None) or 2048)
+    if args.context_length is not None and args.context_length > longest:
+        raise ModelRefused(f"--context-length {args.context_length} exceeds the model's {longest} tokens.")
+    return args.context_length or longest
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: those of the generation config, the config and the tokenizer."""
+    found: set[int] = set()
+    sources = (model.generation_config, model.config, model.config.get_text_config(), tokenizer)
+    for source in sources:
+        value = getattr(source, "eos_token_id", None)
+        if value is not None:
+            found.update(np.atleast_1d(value).tolist())
+    return frozenset(found)

@@ -1,0 +1,1 @@
+"""Processes on a cluster: place, start, connect, restart. The one folder that imports ray."""

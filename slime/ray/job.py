@@ -1,0 +1,221 @@
+"""One run: everything it starts, in order, and ends, whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+import yaml
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from slime.arguments import Args, settings_as_dict
+from slime.ray.engine_fleet import EngineFleet
+from slime.ray.handles import ActorGroup, PolicyHandle, RolloutHandle
+from slime.ray.journal import Journal
+from slime.ray.memory import Colocated, Disaggregated, Memory, NoEngines
+from slime.ray.placement import Slots, allocate, start_ray
+from slime.ray.rollout_manager import RolloutManager
+from slime.ray.watchdog import Watchdog
+from slime.utils.logging import configure_logging
+from slime.utils.misc import is_due
+
+logger = logging.getLogger(__name__)
+
+STOP_DEADLINE_S = 20.0
+MEMORY_FILE_SYSTEM = Path("/dev/shm")
+
+
+class Job:
+    """A context manager: inside it `rollout`, `actor` and `memory` are up; after it no process is left."""
+
+    rollout: RolloutHandle
+    actor: PolicyHandle
+    memory: Memory
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self.run_dir = run_directory(args)
+        self.is_stopping = False
+        self.watchdog = Watchdog()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Job:
+        configure_logging(self.args.log_level)
+        with self._stack:
+            self._start()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._stack.__exit__(*exc_info)
+
+    # --- start
+
+    def _start(self) -> None:
+        """Everything slow starts at once: prompts, engines and trainers load while the others do."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        weights_dir = self._weights_directory()
+        if start_ray(self.args):
+            self._stack.callback(ray.shutdown)
+        self._stack.enter_context(self._graceful_stop())
+        slots = allocate(self.args)
+        self._stack.callback(slots.release)
+        self.manager = self._start_manager()
+        prompts = self.manager.prepare.remote()
+        fleet, engines = self._start_fleet(slots)
+        self.args = self._with_num_rollout(prompts)
+        self.group = self._start_trainers(slots)
+        trainers = self.group.start(weights_dir)
+        _, *answers = self.watchdog.get(
+            [prompts, *trainers, *engines],
+            timeout_s=max(self.args.trainer_start_timeout_s, self.args.engine_start_timeout_s) + STOP_DEADLINE_S,
+            what="engines and trainers to start",
+        )
+        self.start_rollout_id = answers[0] if self.args.start_rollout_id is None else self.args.start_rollout_id
+        self._get(self.manager.load.remote(self.start_rollout_id - 1), "the data source to load")
+        self._write_settings()
+        self._open_handles(fleet)
+
+    def _open_handles(self, fleet: ActorHandle | None) -> None:
+        journal = Journal(
+            self.args, self.run_dir, start_rollout_id=self.start_rollout_id, num_rollout=self.num_rollout
+        )
+        self.journal = self._stack.enter_context(journal)
+        self.rollout = RolloutHandle(self.args, self.manager, self.watchdog, journal)
+        self.actor = PolicyHandle(self.group, journal)
+        if fleet is None:
+            self.memory = NoEngines()
+            return
+        self.watchdog.monitors.append(fleet.watch.remote())
+        kind = Colocated if self.args.colocate else Disaggregated
+        self.memory = kind(self.args, fleet, self.group, self.rollout, self.watchdog, journal)
+
+    def _start_manager(self) -> ActorHandle:
+        manager = RolloutManager.remote(self.args, str(self.run_dir))
+        self._stack.callback(ray.kill, manager)
+        self.watchdog.actors["rollout manager"] = manager
+        return manager
+
+    def _start_fleet(self, slots: Slots) -> tuple[ActorHandle | None, list[ObjectRef]]:
+        """The fleet, and the call that ends when its engines answer; none with --debug-train-only."""
+        if not slots.engine_bundles:
+            return None, []
+        fleet = EngineFleet.remote(self.args, slots, str(self.run_dir))
+        self._stack.callback(_stop_fleet, fleet)
+        self.watchdog.actors["engine fleet"] = fleet
+        host, port = self._get(fleet.router_address.remote(), "the engine fleet")
+        self._get(self.manager.use_router.remote(host, port), "the rollout manager")
+        return fleet, [fleet.start.remote()]
+
+    def _start_trainers(self, slots: Slots) -> ActorGroup:
+        group = ActorGroup(self.args, slots, str(self.run_dir), self.watchdog)
+        for rank in group.ranks:
+            self._stack.callback(ray.kill, rank)
+        return group
+
+    def _with_num_rollout(self, prompts: ObjectRef) -> Args:
+        """--num-epoch as a number of rollouts, once the number of prompts is known."""
+        args = self.args
+        if args.num_rollout is None:
+            assert args.num_epoch is not None and args.rollout_batch_size is not None
+            num_prompts = args.num_epoch * self._get(prompts, "the prompts to load")
+            args = dataclasses.replace(args, num_rollout=max(1, num_prompts // args.rollout_batch_size))
+        self.num_rollout = args.num_rollout or 0
+        return args
+
+    def _weights_directory(self) -> str:
+        """Where the disk transport writes: a folder of its own, deleted at the end."""
+        root = self.args.update_weight_disk_dir
+        if root is None:
+            is_one_node = "RAY_ADDRESS" not in os.environ
+            root = str(MEMORY_FILE_SYSTEM if is_one_node and MEMORY_FILE_SYSTEM.is_dir() else self.run_dir)
+        Path(root).mkdir(parents=True, exist_ok=True)
+        directory = tempfile.mkdtemp(prefix="slime-weights-", dir=root)
+        self._stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        return directory
+
+    def _write_settings(self) -> None:
+        (self.run_dir / "args.yaml").write_text(yaml.safe_dump(settings_as_dict(self.args), sort_keys=False))
+
+    @contextlib.contextmanager
+    def _graceful_stop(self) -> Iterator[None]:
+        """On SIGTERM the loop ends after its current step; when that takes too long, the job does."""
+
+        def stop(*_: int | FrameType | None) -> None:
+            logger.warning("SIGTERM: saving at the next step boundary, within %g s", self.args.shutdown_grace_s)
+            self.is_stopping = True
+            signal.signal(signal.SIGALRM, _out_of_grace)
+            signal.setitimer(signal.ITIMER_REAL, self.args.shutdown_grace_s)
+
+        previous = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGTERM, previous)
+
+    # --- what the loop asks
+
+    def rollout_ids(self) -> Iterator[int]:
+        """The rollouts to run; writes each down when it has ended, and ends early after SIGTERM."""
+        for rollout_id in range(self.start_rollout_id, self.num_rollout):
+            yield rollout_id
+            self.journal.end_step(rollout_id)
+            if self.is_stopping:
+                return
+
+    def evaluates_at_start(self) -> bool:
+        """Whether to evaluate before the first rollout."""
+        return self.args.eval_interval is not None and not self.args.skip_eval_before_train
+
+    def evaluates_after(self, rollout_id: int) -> bool:
+        """Whether to evaluate after `rollout_id`."""
+        is_last = rollout_id == self.num_rollout - 1
+        interval = self.args.eval_interval
+        return interval is not None and not self.is_stopping and (is_last or is_due(rollout_id, interval))
+
+    def saves_after(self, rollout_id: int) -> bool:
+        """Whether to write a checkpoint after `rollout_id`: at the interval, at the end, and when told to stop."""
+        due = is_due(rollout_id, self.args.save_interval, self.num_rollout)
+        return self.args.save is not None and (due or self.is_stopping)
+
+    def save(self, rollout_id: int) -> None:
+        """Write a checkpoint: first the data source, then the trainers, whose tracker makes it complete."""
+        with self.journal.phase("save", "the checkpoint"):
+            self._get(self.manager.save.remote(rollout_id), "the data source to be saved")
+            self.group.save(rollout_id)
+
+    def _get(self, ref: ObjectRef, what: str) -> Any:
+        return self.watchdog.get([ref], timeout_s=self.args.cluster_timeout_s, what=what)[0]
+
+
+class GraceExpired(RuntimeError):
+    """SIGTERM came, and the step did not end in time to save."""
+
+
+def _out_of_grace(*_: int | FrameType | None) -> None:
+    raise GraceExpired("SIGTERM: no step boundary within --shutdown-grace-s; nothing was saved of the current step")
+
+
+def _stop_fleet(fleet: ActorHandle) -> None:
+    """Let the fleet end its processes; killed with them if it does not answer."""
+    ray.wait([fleet.stop.remote()], timeout=STOP_DEADLINE_S)
+    ray.kill(fleet)
+
+
+def run_directory(args: Args) -> Path:
+    """--run-dir, else --save, else a new folder below runs/."""
+    name = args.run_dir or args.save or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    return Path(name).resolve()

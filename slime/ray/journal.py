@@ -1,0 +1,59 @@
+"""What the driver records: phases on the display and in the waterfall, metrics in the tracker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slime.arguments import Args, settings_as_dict
+from slime.observability.progress import Progress
+from slime.observability.timer import PhaseTimer
+from slime.observability.tracking import open_tracker
+
+
+class Journal:
+    """Owns the display, the timer and the tracker of a run; a context manager."""
+
+    def __init__(self, args: Args, run_dir: Path, *, start_rollout_id: int, num_rollout: int) -> None:
+        self.timer = PhaseTimer(run_dir, process="driver")
+        self.timer.rollout_id = start_rollout_id
+        self.tracker = open_tracker(
+            args, run_dir, start_rollout_id=start_rollout_id, arguments=settings_as_dict(args)
+        )
+        self.progress = Progress(num_rollout, start_rollout_id=start_rollout_id)
+        self.rollout_metrics: dict[str, float] = {}
+        self.train_metrics: dict[str, float] = {}
+        self._step_start = time.monotonic()
+
+    def __enter__(self) -> Journal:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.progress.__exit__(*exc_info)
+        self.tracker.close()
+        self.timer.close()
+
+    @contextmanager
+    def phase(self, name: str, waiting_for: str) -> Iterator[None]:
+        """Time a block and show what is waited for."""
+        with self.timer.phase(name), self.progress.phase(name, waiting_for):
+            yield
+
+    def evaluated(self, num_trained: int, metrics: dict[str, float]) -> None:
+        """Metrics of an evaluation after `num_trained` rollouts."""
+        self.tracker.log("eval/step", num_trained, metrics)
+        self.progress.note(metrics)
+
+    def end_step(self, rollout_id: int) -> None:
+        """Write down the rollout that just ended."""
+        now = time.monotonic()
+        perf = self.timer.collect() | {"perf/step_time": now - self._step_start}
+        self._step_start = now
+        self.tracker.log("rollout/step", rollout_id, self.rollout_metrics | perf)
+        self.tracker.log("train/step", rollout_id, self.train_metrics)
+        self.progress.update(rollout_id, self.rollout_metrics | self.train_metrics | perf)
+        self.rollout_metrics, self.train_metrics = {}, {}
+        self.timer.rollout_id = rollout_id + 1

@@ -1,0 +1,108 @@
+"""Slots of the cluster: one placement group, its bundles sorted by node."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import sys
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from slime.config import ClusterConfig
+
+logger = logging.getLogger(__name__)
+
+_SHARE = {"trainer": 0.4, "engine": 0.2}  # of a slot: both fit into one, with room for a critic
+
+
+class NotEnoughSlots(RuntimeError):
+    """The cluster does not offer what was asked for."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Bundles of the placement group: which train, which sample (the same ones when colocated)."""
+
+    group: PlacementGroup
+    device: str  # "cuda" or "cpu"
+    trainer_bundles: list[int]
+    engine_bundles: list[int]
+
+    def options(self, bundle: int, role: str) -> dict[str, object]:
+        """Ray options of an actor of `role` ("trainer" or "engine") in a bundle."""
+        resource = "num_gpus" if self.device == "cuda" else "num_cpus"
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
+        return {"num_cpus": 0, "scheduling_strategy": strategy} | {resource: _SHARE[role]}
+
+    def release(self) -> None:
+        """Give the slots back."""
+        remove_placement_group(self.group)
+
+
+def start_ray(cluster: ClusterConfig) -> bool:
+    """Join the cluster that RAY_ADDRESS names, or start one in this machine that ends with this process.
+
+    Returns whether one was started. A local one has as many CPU slots as the run asks for: slots are turns, not cores.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))
+    if "RAY_ADDRESS" in os.environ or ray.is_initialized():
+        ray.init(ignore_reinit_error=True, runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}})
+        return False
+    ray.init(
+        num_cpus=num_slots(cluster) + 1,
+        include_dashboard=False,
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+    )
+    return True
+
+
+def num_slots(cluster: ClusterConfig) -> int:
+    """Slots of the run in all."""
+    return cluster.num_trainers + (0 if cluster.colocate else cluster.rollout_num_gpus or 0)
+
+
+def allocate(cluster: ClusterConfig) -> Slots:
+    """Reserve the slots. Raises NotEnoughSlots, with what there is, after `cluster_timeout_s`."""
+    device = _choose_device(cluster)
+    resource = "GPU" if device == "cuda" else "CPU"
+    bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
+    wanted = num_slots(cluster)
+    offered = ray.cluster_resources().get(resource, 0)
+    if offered < wanted:
+        raise NotEnoughSlots(f"the run asks for {wanted} {resource} slots, the cluster has {offered:g}")
+    group = placement_group([bundle] * wanted, strategy="PACK")
+    if not group.wait(cluster.cluster_timeout_s):
+        remove_placement_group(group)
+        free = ray.available_resources().get(resource, 0)
+        raise NotEnoughSlots(
+            f"{wanted} {resource} slots were not free within {cluster.cluster_timeout_s:g} s; {free:g} are free now"
+        )
+    bundles = _sorted_bundles(group, wanted)
+    first_engine = 0 if cluster.colocate else cluster.num_trainers
+    num_engine_slots = cluster.rollout_num_gpus or 0
+    return Slots(
+        group,
+        device,
+        trainer_bundles=bundles[: cluster.num_trainers],
+        engine_bundles=bundles[first_engine : first_engine + num_engine_slots],
+    )
+
+
+def _choose_device(cluster: ClusterConfig) -> str:
+    if cluster.device != "auto":
+        return cluster.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+
+
+def _sorted_bundles(group: PlacementGroup, count: int) -> list[int]:
+    """Bundle indices by node address, so that neighbours in the list are neighbours in the cluster."""
+    node_of = placement_group_table(group)["bundles_to_node_id"]
+    address_of = {node["NodeID"]: int(ipaddress.ip_address(node["NodeManagerAddress"])) for node in ray.nodes()}
+    return sorted(range(count), key=lambda bundle: (address_of[node_of[bundle]], bundle))

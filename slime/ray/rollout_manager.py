@@ -1,0 +1,119 @@
+"""The actor that samples: prompts from the data source, samples from the rollout function, a TrainBatch for the trainers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray import ObjectRef
+
+from slime.arguments import Args
+from slime.data.batch import batch_from_samples
+from slime.observability.metrics import eval_metrics, rollout_metrics
+from slime.observability.trajectories import write_samples
+from slime.ray.watchdog import thread_stacks
+from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, call_rollout_fn
+from slime.utils.logging import configure_logging
+from slime.utils.misc import load_function
+from slime.utils.processes import raise_open_file_limit
+from slime.utils.processing_utils import load_tokenizer
+from slime.utils.types import Sample
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutResult(NamedTuple):
+    """batch: a TrainBatch in the object store. metrics: `rollout/*` and `perf/*`."""
+
+    batch: ObjectRef
+    metrics: dict[str, float]
+
+
+@ray.remote(num_cpus=0, concurrency_groups={"control": 1})
+class RolloutManager:
+    """Owns the data source and runs the rollout functions. It knows neither engines' life-cycle nor trainers' layout."""
+
+    def __init__(self, args: Args, run_dir: str) -> None:
+        configure_logging(args.log_level)
+        raise_open_file_limit()
+        self.args = args
+        self.run_dir = Path(run_dir)
+
+    def prepare(self) -> int:
+        """Load plug-ins and prompts. Returns the number of prompts of an epoch. Raises ValueError for what is wrong."""
+        args = self.args
+        self.generate_function = load_function(args.rollout_function_path)
+        self.eval_function = load_function(args.eval_function_path or args.rollout_function_path)
+        for path in (args.custom_generate_function_path, args.custom_rm_path, args.custom_reward_post_process_path):
+            if path is not None:
+                load_function(path)
+        self.data_source = load_function(args.data_source_path)(args)
+        return len(self.data_source)
+
+    def use_router(self, host: str, port: int) -> None:
+        """The one runtime fact that plug-ins read from `args`: where the router is."""
+        self.args = dataclasses.replace(self.args, sglang_router_ip=host, sglang_router_port=port)
+
+    def generate(self, rollout_id: int, weight_version: int) -> RolloutResult:
+        """One rollout, scored and laid out for training. weight_version: what the engines hold now."""
+        start = time.monotonic()
+        output = call_rollout_fn(
+            self.generate_function, self.args, rollout_id, self.data_source, evaluation=False
+        )
+        assert isinstance(output, RolloutFnTrainOutput)
+        samples = [sample for group in output.samples for sample in group]
+        raw_rewards, rewards, are_final = self._rewards(samples)
+        batch = batch_from_samples(samples, rewards, rewards_are_final=are_final)
+        metrics = rollout_metrics(
+            samples,
+            raw_rewards,
+            seconds=time.monotonic() - start,
+            num_gpus=max(1, self.args.rollout_num_gpus or 1),
+            weight_version=weight_version,
+        )
+        self._write_samples(rollout_id, samples, raw_rewards)
+        return RolloutResult(ray.put(batch), metrics | (output.metrics or {}))
+
+    def _rewards(self, samples: list[Sample]) -> tuple[list[float], list[float], bool]:
+        """Raw rewards, those to train on, and whether a plug-in has normalised them."""
+        path = self.args.custom_reward_post_process_path
+        if path is not None:
+            raw_rewards, rewards = load_function(path)(self.args, samples)
+            return list(map(float, raw_rewards)), list(map(float, rewards)), True
+        rewards = [sample.get_reward_value(self.args) for sample in samples]
+        return rewards, rewards, False
+
+    def _write_samples(self, rollout_id: int, samples: list[Sample], rewards: list[float]) -> None:
+        write_samples(self.run_dir, rollout_id, samples, rewards=rewards, token_texts=self._token_texts)
+
+    def _token_texts(self, token_ids: list[int]) -> list[str]:
+        return [self._tokenizer.decode([token_id]) for token_id in token_ids]
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.args.hf_checkpoint)
+
+    def eval(self, rollout_id: int) -> dict[str, float]:
+        """`eval/*` metrics of every evaluation set."""
+        output = call_rollout_fn(self.eval_function, self.args, rollout_id, self.data_source, evaluation=True)
+        assert isinstance(output, RolloutFnEvalOutput)
+        metrics = eval_metrics(output.data, self.args.n_samples_per_eval_prompt)
+        return metrics | (output.metrics or {})
+
+    def save(self, rollout_id: int) -> None:
+        """Write the state of the data source."""
+        self.data_source.save(rollout_id)
+
+    def load(self, rollout_id: int) -> None:
+        """Continue the data source after `rollout_id`."""
+        self.data_source.load(rollout_id)
+
+    @ray.method(concurrency_group="control")
+    def stacks(self) -> str:
+        """What every thread is doing."""
+        return thread_stacks()

@@ -1,0 +1,103 @@
+"""Rewards: the rules named by --rm-type, and reward functions of users.
+
+Which one scores a sample, first that is set: `sample.custom_rm_path`, --custom-rm-path, `sample.metadata["rm_type"]`,
+--rm-type. A rule is a function (args, sample) -> reward, async where it waits; one file each in this folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from slime.rollout.rm_hub.answers import extract_boxed
+from slime.rollout.rm_hub.dapo import dapo
+from slime.rollout.rm_hub.deadline import call_with_deadline
+from slime.rollout.rm_hub.errors import Reward, RewardError, checked_reward
+from slime.rollout.rm_hub.exact_match import exact_match
+from slime.rollout.rm_hub.math_rule import math_rule
+from slime.rollout.rm_hub.random_reward import random_reward
+from slime.rollout.rm_hub.remote import remote_rm
+from slime.utils.misc import load_function
+from slime.utils.types import Sample
+
+__all__ = ["RULES", "Reward", "RewardError", "async_rm", "batched_async_rm", "check_rm_type"]
+
+RULES: dict[str, Callable[[Any, Sample], Any]] = {
+    "dapo": dapo,
+    "exact_match": exact_match,
+    "math": math_rule,
+    "random": random_reward,
+    "remote_rm": remote_rm,
+}
+BOXED_PREFIX = "boxed_"  # boxed_dapo: dapo on what stands in the last \boxed{}
+
+
+def check_rm_type(rm_type: str) -> str:
+    """The rule's name without `boxed_`. Raises ValueError for a rule that is not known."""
+    name = rm_type.removeprefix(BOXED_PREFIX)
+    if name not in RULES:
+        raise ValueError(f"--rm-type must be {', '.join(RULES)}, or one of them behind {BOXED_PREFIX}, got {rm_type!r}")
+    return name
+
+
+async def async_rm(args: Any, sample: Sample, **kwargs: Any) -> Reward:
+    """The reward of one sample, a finite number or a dict with such.
+
+    kwargs: passed on to a user's function `f(args, sample, **kwargs)`, which may be async or not.
+    Raises RewardError if this sample cannot be scored (the function raised, took longer than args.rm_timeout_s,
+    returned NaN, ...), ValueError if no sample can: an unknown rule, a path that does not import.
+    """
+    path = sample.custom_rm_path or args.custom_rm_path
+    if path is not None:
+        reward = await _call_custom(args, path, sample, sample.index, kwargs)
+        return checked_reward(reward, path, sample)
+    rm_type = sample.metadata.get("rm_type") or args.rm_type
+    if rm_type is None:
+        raise ValueError("no reward is chosen: give --rm-type or --custom-rm-path")
+    name = check_rm_type(rm_type)
+    if name != rm_type:
+        sample = dataclasses.replace(sample, response=extract_boxed(sample.response))
+    rule = RULES[name]
+    if inspect.iscoroutinefunction(rule):
+        reward = await rule(args, sample)
+    else:
+        reward = rule(args, sample)
+    return checked_reward(reward, rm_type, sample)
+
+
+async def batched_async_rm(args: Any, samples: list[Sample], **kwargs: Any) -> list[Reward]:
+    """The rewards of several samples, in their order.
+
+    With --group-rm the function of --custom-rm-path gets all of them at once: `f(args, samples, **kwargs) -> list`.
+    Otherwise they are scored side by side. Raises as `async_rm`, for the first sample that fails.
+    """
+    if args.group_rm and args.custom_rm_path is not None:
+        return await _score_group(args, samples, kwargs)
+    rewards = await asyncio.gather(*(async_rm(args, sample, **kwargs) for sample in samples), return_exceptions=True)
+    return [_raise_if_error(reward) for reward in rewards]
+
+
+async def _score_group(args: Any, samples: list[Sample], kwargs: dict[str, Any]) -> list[Reward]:
+    path = args.custom_rm_path
+    first_index = samples[0].index if samples else None
+    rewards = await _call_custom(args, path, samples, first_index, kwargs)
+    if not isinstance(rewards, list | tuple) or len(rewards) != len(samples):
+        raise RewardError(path, first_index, f"must return a list of {len(samples)} rewards, got {rewards!r:.80}")
+    return [checked_reward(reward, path, sample) for reward, sample in zip(rewards, samples, strict=True)]
+
+
+async def _call_custom(
+    args: Any, path: str, samples: Sample | list[Sample], sample_index: int | None, kwargs: dict[str, Any]
+) -> Any:
+    return await call_with_deadline(
+        load_function(path), args, samples, name=path, sample_index=sample_index, timeout_s=args.rm_timeout_s, **kwargs
+    )
+
+
+def _raise_if_error(reward: Reward | BaseException) -> Reward:
+    if isinstance(reward, BaseException):
+        raise reward
+    return reward

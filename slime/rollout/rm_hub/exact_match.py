@@ -1,0 +1,12 @@
+"""--rm-type exact_match: 1 if the response is the label, blanks around both aside, else 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slime.rollout.rm_hub.errors import required_label
+from slime.utils.types import Sample
+
+
+def exact_match(args: Any, sample: Sample) -> float:
+    return float(sample.response.strip() == required_label("exact_match", sample).strip())

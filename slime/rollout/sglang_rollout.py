@@ -1,0 +1,290 @@
+"""The default rollout: prompts to scored samples, asyncio over any engine that speaks SGLang's protocol.
+
+Each piece may be called by a plug-in: `generate` (one request), `generate_and_rm` (and its reward),
+`generate_and_rm_group` (a prompt's samples), `generate_rollout` (a batch of prompts), `eval_rollout`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
+from slime.rollout.data_source import DataSource
+from slime.rollout.eval_data import EvalSet, eval_groups, eval_sets
+from slime.rollout.rm_hub import RewardError, async_rm, batched_async_rm
+from slime.utils.async_utils import run
+from slime.utils.http_utils import HTTPError, post
+from slime.utils.misc import load_function
+from slime.utils.processing_utils import load_tokenizer
+from slime.utils.types import Sample, SampleStatus
+
+logger = logging.getLogger(__name__)
+
+SamplingParams = dict[str, Any]
+
+
+class RolloutFailed(RuntimeError):
+    """More samples failed than --max-failed-fraction allows."""
+
+
+class GenerateState:
+    """What the requests of one rollout share: tokenizer, bound on concurrency, the count of failures."""
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.tokenizer = _tokenizer(args.hf_checkpoint)
+        num_engines = max(1, (args.rollout_num_gpus or 0) // args.rollout_num_gpus_per_engine)
+        self.semaphore = asyncio.Semaphore(args.sglang_server_concurrency * num_engines)
+        self.sampling_params: SamplingParams = {
+            "temperature": args.rollout_temperature,
+            "top_p": args.rollout_top_p,
+            "top_k": args.rollout_top_k,
+            "max_new_tokens": args.rollout_max_response_len,
+            "stop": args.rollout_stop,
+            "stop_token_ids": args.rollout_stop_token_ids,
+            "skip_special_tokens": args.rollout_skip_special_tokens,
+        }
+        self.num_failed = 0
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(path: str) -> Any:
+    return load_tokenizer(path)
+
+
+def get_model_url(args: Any, model_name: str = "actor", endpoint: str = "/generate") -> str:
+    """The router's address for `endpoint`."""
+    return f"http://{args.sglang_router_ip}:{args.sglang_router_port}{endpoint}"
+
+
+def sampling_seed(rollout_seed: int, sample_index: int | None, num_tokens: int) -> int:
+    """A seed for one request, a function of the run's seed, the sample and how far it has come: the same on any machine."""
+    digest = hashlib.blake2b(f"{rollout_seed}/{sample_index}/{num_tokens}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+async def generate(args: Any, sample: Sample, sampling_params: SamplingParams) -> Sample:
+    """Sample one response and record it in `sample`: tokens, log-probs, text, status, weight version.
+
+    Token in, token out: what the engine sampled is kept, no text is tokenised again. Raises HTTPError.
+    """
+    if not sample.tokens:
+        sample.tokens = encode_prompt(_tokenizer(args.hf_checkpoint), sample)
+    params = dict(sampling_params, max_new_tokens=_token_budget(args, sample, sampling_params["max_new_tokens"]))
+    if params["max_new_tokens"] <= 0:
+        sample.status = SampleStatus.TRUNCATED
+        return sample
+    params["sampling_seed"] = sampling_seed(args.rollout_seed, sample.index, len(sample.tokens))
+    output = await post(
+        get_model_url(args),
+        {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True},
+        timeout_s=args.sglang_router_request_timeout_secs,
+        headers=_headers(args, sample),
+    )
+    meta_info = output["meta_info"]
+    entries = meta_info["output_token_logprobs"]
+    sample.append_response_tokens(
+        args,
+        tokens=[entry[1] for entry in entries],
+        log_probs=[entry[0] for entry in entries],
+        meta_info=meta_info,
+        text=output["text"],
+    )
+    return sample
+
+
+def encode_prompt(tokenizer: Any, sample: Sample) -> list[int]:
+    """Token ids of the prompt. Raises ValueError for chat messages: the chat template was not applied."""
+    if not isinstance(sample.prompt, str):
+        raise ValueError(
+            f"the prompt of sample {sample.index} is a list of chat messages: pass --apply-chat-template, "
+            "or a --custom-generate-function-path that renders them"
+        )
+    token_ids: list[int] = tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]
+    return token_ids
+
+
+def _token_budget(args: Any, sample: Sample, max_new_tokens: int) -> int:
+    """Tokens that may still be sampled: those of the response, within the context."""
+    budget = max_new_tokens - sample.response_length
+    if args.rollout_max_context_len is not None:
+        budget = min(budget, args.rollout_max_context_len - len(sample.tokens))
+    return budget
+
+
+def _headers(args: Any, sample: Sample) -> dict[str, str]:
+    headers = {"Authorization": f"Bearer {args.sglang_api_key}"} if args.sglang_api_key else {}
+    if sample.session_id is not None:
+        headers["X-SMG-Routing-Key"] = sample.session_id
+    return headers
+
+
+async def generate_and_rm(
+    args: Any,
+    sample: Sample,
+    sampling_params: SamplingParams,
+    evaluation: bool = False,
+    *,
+    state: GenerateState | None = None,
+) -> Sample | list[Sample]:
+    """Generate with the function that the sample or the settings name, then score, unless the group is scored as one.
+
+    A failure of either leaves the sample FAILED with its reason in `metadata["failure"]`.
+    """
+    state = state or GenerateState(args)
+    try:
+        async with state.semaphore:
+            output = await _generate(args, sample, sampling_params, evaluation)
+        samples = output if isinstance(output, list) else [output]
+        if not args.group_rm:
+            await asyncio.gather(*(_score(args, member) for member in samples))
+    except (HTTPError, RewardError) as error:
+        _mark_failed(sample, error, state)
+        return sample
+    return output
+
+
+async def _generate(
+    args: Any, sample: Sample, sampling_params: SamplingParams, evaluation: bool
+) -> Sample | list[Sample]:
+    path = sample.generate_function_path or args.custom_generate_function_path
+    if path is None:
+        return await generate(args, sample, sampling_params)
+    function, takes_evaluation = _custom_generate(path)
+    extra = {"evaluation": evaluation} if takes_evaluation else {}
+    output: Sample | list[Sample] = await function(args, sample, sampling_params, **extra)
+    if isinstance(output, list):
+        for member in output:
+            member.rollout_id = sample.index
+    return output
+
+
+@functools.lru_cache(maxsize=64)
+def _custom_generate(path: str) -> tuple[Callable[..., Any], bool]:
+    function = load_function(path)
+    return function, "evaluation" in inspect.signature(function).parameters
+
+
+async def _score(args: Any, sample: Sample) -> None:
+    if sample.reward is None and sample.status not in (SampleStatus.ABORTED, SampleStatus.FAILED):
+        sample.reward = await async_rm(args, sample)
+
+
+def _mark_failed(sample: Sample, error: Exception, state: GenerateState) -> None:
+    sample.status = SampleStatus.FAILED
+    sample.metadata["failure"] = str(error)
+    state.num_failed += 1
+    logger.warning("sample %s failed: %s", sample.index, error)
+
+
+async def generate_and_rm_group(
+    args: Any,
+    group: list[Sample],
+    sampling_params: SamplingParams,
+    evaluation: bool = False,
+    *,
+    state: GenerateState | None = None,
+) -> list[Sample]:
+    """The samples of one prompt, generated at once; with --group-rm scored in one call."""
+    state = state or GenerateState(args)
+    if group and isinstance(group[0].prompt, str) and not group[0].tokens:
+        prompt_ids = encode_prompt(state.tokenizer, group[0])
+        for sample in group:
+            if sample.prompt == group[0].prompt:
+                sample.tokens = prompt_ids
+    outputs = await asyncio.gather(
+        *(generate_and_rm(args, sample, sampling_params, evaluation, state=state) for sample in group)
+    )
+    samples = [member for output in outputs for member in (output if isinstance(output, list) else [output])]
+    if args.group_rm:
+        await _score_group(args, samples, state)
+    return samples
+
+
+async def _score_group(args: Any, samples: list[Sample], state: GenerateState) -> None:
+    finished = [sample for sample in samples if sample.status not in (SampleStatus.ABORTED, SampleStatus.FAILED)]
+    try:
+        rewards = await batched_async_rm(args, finished)
+    except RewardError as error:
+        for sample in finished:
+            _mark_failed(sample, error, state)
+        return
+    for sample, reward in zip(finished, rewards, strict=True):
+        sample.reward = reward
+
+
+def generate_rollout(
+    args: Any, rollout_id: int, data_source: DataSource, evaluation: bool = False
+) -> RolloutFnTrainOutput | RolloutFnEvalOutput:
+    """One rollout of `rollout_batch_size` prompts, or one evaluation. The function behind --rollout-function-path.
+
+    Raises RolloutFailed where more samples failed than allowed.
+    """
+    if evaluation:
+        return run(eval_rollout(args, rollout_id))
+    return run(_train_rollout(args, rollout_id, data_source))
+
+
+async def _train_rollout(args: Any, rollout_id: int, data_source: DataSource) -> RolloutFnTrainOutput:
+    state = GenerateState(args)
+    groups = data_source.get_samples(args.rollout_batch_size)
+    finished = await _run_groups(args, groups, state.sampling_params, state, evaluation=False)
+    kept = [[sample for sample in group if sample.status is not SampleStatus.FAILED] for group in finished]
+    return RolloutFnTrainOutput([group for group in kept if group], {"rollout/failed": state.num_failed})
+
+
+async def eval_rollout(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
+    """Sample and score every evaluation set. `data`: {name: {"rewards", "truncated", "samples"}}, in file order."""
+    results = await asyncio.gather(*(_eval_set(args, dataset) for dataset in eval_sets(args)))
+    return RolloutFnEvalOutput(dict(results))
+
+
+async def _eval_set(args: Any, dataset: EvalSet) -> tuple[str, dict[str, Any]]:
+    state = GenerateState(args)
+    params = state.sampling_params | dataset.sampling_params
+    groups = await _run_groups(args, eval_groups(args, dataset), params, state, evaluation=True)
+    samples = [sample for group in groups for sample in group if sample.status is not SampleStatus.FAILED]
+    return dataset.name, {
+        "rewards": [_reward_value(sample, args.eval_reward_key) for sample in samples],
+        "truncated": [sample.status is SampleStatus.TRUNCATED for sample in samples],
+        "samples": samples,
+    }
+
+
+def _reward_value(sample: Sample, key: str | None) -> float:
+    reward = sample.reward
+    return float(reward[key] if isinstance(reward, dict) and key is not None else reward)  # type: ignore[arg-type]
+
+
+async def _run_groups(
+    args: Any, groups: Sequence[list[Sample]], params: SamplingParams, state: GenerateState, *, evaluation: bool
+) -> list[list[Sample]]:
+    """Every group, in the order given. Ends at once, the rest cancelled, when too many samples have failed."""
+    allowed = args.max_failed_fraction * sum(map(len, groups))
+    tasks = [
+        asyncio.create_task(generate_and_rm_group(args, group, params, evaluation, state=state)) for group in groups
+    ]
+    try:
+        for task in asyncio.as_completed(tasks):
+            await task
+            if state.num_failed > allowed:
+                raise RolloutFailed(_failure_message(groups, state.num_failed, args.max_failed_fraction))
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _failure_message(groups: Sequence[list[Sample]], num_failed: int, allowed_fraction: float) -> str:
+    first = next(s for group in groups for s in group if s.status is SampleStatus.FAILED)
+    return (
+        f"{num_failed} of {sum(map(len, groups))} samples failed, --max-failed-fraction allows {allowed_fraction:g}; "
+        f"the first: {first.metadata['failure']}"
+    )

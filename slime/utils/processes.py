@@ -1,0 +1,56 @@
+"""Processes that slime starts and therefore owns: they end with their owner, also when it is killed."""
+
+from __future__ import annotations
+
+import collections
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from slime.utils import process_guard
+
+
+class OwnedProcess:
+    """A command under `process_guard`, with standard output and error in a log file."""
+
+    def __init__(self, command: Sequence[str], *, log_path: Path, env: Mapping[str, str] | None = None) -> None:
+        """env: the whole environment of the command; None inherits."""
+        self.command = list(command)
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as log:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", process_guard.__file__, *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=None if env is None else dict(env),
+                start_new_session=True,
+            )
+
+    def poll(self) -> int | None:
+        """Exit code (0 to 255), or None while it runs."""
+        return self._guard.poll()
+
+    def log_tail(self, num_lines: int = 30) -> str:
+        """The last lines of its log."""
+        with self.log_path.open(errors="replace") as log:
+            return "".join(collections.deque(log, maxlen=num_lines)).rstrip()
+
+    def stop(self, *, timeout_s: float = 10.0) -> None:
+        """End it: SIGTERM, SIGKILL after 3 s."""
+        if self._guard.stdin is not None and not self._guard.stdin.closed:
+            self._guard.stdin.close()
+        try:
+            self._guard.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._guard.kill()
+
+
+def raise_open_file_limit() -> int:
+    """Lift the soft limit on open files to the hard one: each request in flight holds a socket. Returns the limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
