@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 
 from slime.arguments import Args
 from slime.engine.client import EngineClient
+from slime.ray.actors import create_actor
 from slime.ray.engine_command import EngineSpec, engine_command
 from slime.ray.placement import Slots
 from slime.ray.process_host import ProcessHost
@@ -52,7 +53,6 @@ class Weights:
     directory: str
 
 
-@ray.remote(num_cpus=0)
 class EngineFleet:
     """An asyncio actor: `watch` runs for as long as the fleet does, the other calls beside it."""
 
@@ -74,7 +74,7 @@ class EngineFleet:
         return self.slots.engine_bundles[:: self.args.rollout_num_gpus_per_engine]
 
     def _create(self, index: int, bundle: int) -> Engine:
-        host = ProcessHost.options(**self.slots.options(bundle, "engine")).remote(str(self.log_dir))
+        host = create_actor(ProcessHost, str(self.log_dir), options=self.slots.options(bundle, "engine"))
         return Engine(f"engine_{index}", host)
 
     # --- start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from slime.arguments import Args
+from slime.ray.actors import create_actor
 from slime.ray.journal import Journal
 from slime.ray.placement import Slots
 from slime.ray.rollout_manager import RolloutResult
@@ -51,7 +53,7 @@ class ActorGroup:
         self.args = args
         self.watchdog = watchdog
         self.ranks: list[ActorHandle] = [
-            TrainActor.options(**slots.options(bundle, "trainer")).remote(args, rank, run_dir)
+            create_actor(TrainActor, args, rank, run_dir, options=slots.options(bundle, "trainer"))
             for rank, bundle in enumerate(slots.trainer_bundles)
         ]
         watchdog.actors |= {f"trainer {rank}": actor for rank, actor in enumerate(self.ranks)}
@@ -88,7 +90,7 @@ class ActorGroup:
         """Take device memory back."""
         self._all([rank.wake_up.remote() for rank in self.ranks], self.args.train_timeout_s, "trainers to wake up")
 
-    def _all(self, calls: list[ObjectRef], timeout_s: float, what: str) -> list[Any]:
+    def _all(self, calls: Sequence[ObjectRef], timeout_s: float, what: str) -> list[Any]:
         return self.watchdog.get(calls, timeout_s=timeout_s, what=what)
 
 

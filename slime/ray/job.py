@@ -21,6 +21,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from slime.arguments import Args, settings_as_dict
+from slime.ray.actors import create_actor
 from slime.ray.engine_fleet import EngineFleet
 from slime.ray.handles import ActorGroup, PolicyHandle, RolloutHandle
 from slime.ray.journal import Journal
@@ -43,6 +44,11 @@ class Job:
     rollout: RolloutHandle
     actor: PolicyHandle
     memory: Memory
+    manager: ActorHandle
+    group: ActorGroup
+    journal: Journal
+    start_rollout_id: int
+    num_rollout: int
 
     def __init__(self, args: Args) -> None:
         self.args = args
@@ -73,7 +79,7 @@ class Job:
         slots = allocate(self.args)
         self._stack.callback(slots.release)
         self.manager = self._start_manager()
-        prompts = self.manager.prepare.remote()
+        prompts: ObjectRef = self.manager.prepare.remote()
         fleet, engines = self._start_fleet(slots)
         self.args = self._with_num_rollout(prompts)
         self.group = self._start_trainers(slots)
@@ -103,7 +109,7 @@ class Job:
         self.memory = kind(self.args, fleet, self.group, self.rollout, self.watchdog, journal)
 
     def _start_manager(self) -> ActorHandle:
-        manager = RolloutManager.remote(self.args, str(self.run_dir))
+        manager = create_actor(RolloutManager, self.args, str(self.run_dir))
         self._stack.callback(ray.kill, manager)
         self.watchdog.actors["rollout manager"] = manager
         return manager
@@ -112,7 +118,7 @@ class Job:
         """The fleet, and the call that ends when its engines answer; none with --debug-train-only."""
         if not slots.engine_bundles:
             return None, []
-        fleet = EngineFleet.remote(self.args, slots, str(self.run_dir))
+        fleet = create_actor(EngineFleet, self.args, slots, str(self.run_dir))
         self._stack.callback(_stop_fleet, fleet)
         self.watchdog.actors["engine fleet"] = fleet
         host, port = self._get(fleet.router_address.remote(), "the engine fleet")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ray
 
+from slime.ray.actors import CONTROL
 from slime.ray.watchdog import thread_stacks
 from slime.utils.http_utils import find_free_port
 from slime.utils.processes import OwnedProcess
@@ -14,7 +15,6 @@ from slime.utils.processes import OwnedProcess
 PORT = "{port}"
 
 
-@ray.remote(num_cpus=0, concurrency_groups={"control": 1})
 class ProcessHost:
     """Starts, watches and ends one process. When this actor ends, so does the process."""
 
@@ -48,7 +48,7 @@ class ProcessHost:
             self.process.stop()
             self.process = None
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group=CONTROL)
     def stacks(self) -> str:
         """What every thread is doing."""
         return thread_stacks()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ray
 from ray import ObjectRef
@@ -16,6 +15,7 @@ from slime.arguments import Args
 from slime.data.batch import batch_from_samples
 from slime.observability.metrics import eval_metrics, rollout_metrics
 from slime.observability.trajectories import write_samples
+from slime.ray.actors import CONTROL
 from slime.ray.watchdog import thread_stacks
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, call_rollout_fn
 from slime.utils.logging import configure_logging
@@ -34,7 +34,6 @@ class RolloutResult(NamedTuple):
     metrics: dict[str, float]
 
 
-@ray.remote(num_cpus=0, concurrency_groups={"control": 1})
 class RolloutManager:
     """Owns the data source and runs the rollout functions. It knows neither engines' life-cycle nor trainers' layout."""
 
@@ -52,6 +51,7 @@ class RolloutManager:
         for path in (args.custom_generate_function_path, args.custom_rm_path, args.custom_reward_post_process_path):
             if path is not None:
                 load_function(path)
+        self.tokenizer = load_tokenizer(args.hf_checkpoint)
         self.data_source = load_function(args.data_source_path)(args)
         return len(self.data_source)
 
@@ -92,11 +92,7 @@ class RolloutManager:
         write_samples(self.run_dir, rollout_id, samples, rewards=rewards, token_texts=self._token_texts)
 
     def _token_texts(self, token_ids: list[int]) -> list[str]:
-        return [self._tokenizer.decode([token_id]) for token_id in token_ids]
-
-    @functools.cached_property
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(self.args.hf_checkpoint)
+        return [str(self.tokenizer.decode([token_id])) for token_id in token_ids]
 
     def eval(self, rollout_id: int) -> dict[str, float]:
         """`eval/*` metrics of every evaluation set."""
@@ -113,7 +109,7 @@ class RolloutManager:
         """Continue the data source after `rollout_id`."""
         self.data_source.load(rollout_id)
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group=CONTROL)
     def stacks(self) -> str:
         """What every thread is doing."""
         return thread_stacks()

@@ -14,6 +14,7 @@ from slime.arguments import Args
 from slime.data.batch import TrainBatch
 from slime.engine.client import EngineClient
 from slime.observability.timer import PhaseTimer
+from slime.ray.actors import CONTROL
 from slime.ray.watchdog import thread_stacks
 from slime.utils.http_utils import find_free_port
 from slime.utils.logging import configure_logging
@@ -42,7 +43,6 @@ def _fsdp(args: Args, device: torch.device) -> TrainBackend:
 _BACKENDS: dict[str, Callable[[Args, "torch.device"], "TrainBackend"]] = {"fsdp": _fsdp}
 
 
-@ray.remote(concurrency_groups={"control": 1})
 class TrainActor:
     """Rank `rank` of `args.num_trainers`. Every rank gets the same calls in the same order."""
 
@@ -121,7 +121,7 @@ class TrainActor:
         """Process id, for tests and debuggers."""
         return os.getpid()
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group=CONTROL)
     def stacks(self) -> str:
         """What every thread is doing."""
         return thread_stacks()

@@ -49,14 +49,14 @@ class Watchdog:
         results: dict[ObjectRef, Any] = {}
         deadline = time.monotonic() + timeout_s
         while pending := [ref for ref in refs if ref not in results]:
-            ready, _ = ray.wait(pending + self.monitors, num_returns=1, timeout=_SLICE_S)
-            for ref in ready:
+            done, _ = ray.wait(pending + self.monitors, num_returns=1, timeout=_SLICE_S)
+            for ref in done:
                 value = ray.get(ref)
                 if ref in pending:
                     results[ref] = value
                 else:
                     self.monitors.remove(ref)
-            if not ready and time.monotonic() > deadline:
+            if not done and time.monotonic() > deadline:
                 raise DeadlineExpired(self._report(what, timeout_s, len(pending), len(refs)))
         return [results[ref] for ref in refs]
 
@@ -69,8 +69,10 @@ class Watchdog:
         )
 
     def _stacks(self) -> Mapping[str, str]:
-        refs = {name: actor.stacks.remote() for name, actor in self.actors.items()}
-        ready, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=STACKS_DEADLINE_S) if refs else ([], [])
+        refs: dict[str, ObjectRef] = {name: actor.stacks.remote() for name, actor in self.actors.items()}
+        ready: list[ObjectRef] = []
+        if refs:
+            ready, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=STACKS_DEADLINE_S)
         return {name: _answer(ref) if ref in ready else "no answer" for name, ref in refs.items()}
 
 

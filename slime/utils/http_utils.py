@@ -27,8 +27,11 @@ class HTTPError(RuntimeError):
     """An answer that is not 2xx, or none within the deadline. status: None where there was no answer."""
 
     def __init__(self, message: str, status: int | None) -> None:
-        super().__init__(message)
+        super().__init__(message, status)
         self.status = status
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 async def post(

@@ -58,8 +58,9 @@ class Block:
 
 @dataclass(slots=True)
 class Plan:
-    """One forward pass: where its tokens' keys and values go, and the blocks that attend. slots: [T]."""
+    """One forward pass: where its tokens' keys and values go, and the blocks that attend. slots: [T]; T - num_tokens are padding."""
 
+    num_tokens: int
     slots: Tensor
     blocks: list[Block]
 
@@ -102,6 +103,7 @@ class PagedAttention:
         values.view(num_heads, -1, head_dim).index_copy_(1, self.plan.slots, value[0])
         scale = scaling if scaling is not None else head_dim**-0.5
         output = query.new_empty(query.shape[2] + 1, query.shape[1], head_dim)
+        output[self.plan.num_tokens :] = 0  # else padding could bring a NaN into the dummy page, and from there to others
         attend = self._attend_exactly if self._exact else _attend
         for block in self.plan.blocks:
             rows = self._queries(query[0], block, num_heads)
@@ -196,7 +198,8 @@ def make_plan(segments: list[Segment], num_tokens: int, *, num_query_heads: int,
     ]
     for group in _prefill_groups(segments[num_decodes:], num_query_heads):
         blocks.append(_make_block(group, round_up_length(max(s.length for s in group)), num_tokens, device))
-    return Plan(torch.from_numpy(slots).to(device), blocks)
+    num_real = sum(segment.length for segment in segments)
+    return Plan(num_real, torch.from_numpy(slots).to(device), blocks)
 
 
 def round_up_length(length: int) -> int:

@@ -82,7 +82,9 @@ async def batched_async_rm(args: Any, samples: list[Sample], **kwargs: Any) -> l
 
 async def _score_group(args: Any, samples: list[Sample], kwargs: dict[str, Any]) -> list[Reward]:
     path = args.custom_rm_path
-    first_index = samples[0].index if samples else None
+    if not samples:
+        return []
+    first_index = samples[0].index
     rewards = await _call_custom(args, path, samples, first_index, kwargs)
     if not isinstance(rewards, list | tuple) or len(rewards) != len(samples):
         raise RewardError(path, first_index, f"must return a list of {len(samples)} rewards, got {rewards!r:.80}")

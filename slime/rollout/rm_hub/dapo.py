@@ -4,7 +4,7 @@ The final answer is what follows the last "Answer:", up to the end of its line, 
 (arXiv:2206.14858, appendix D.1): units, spacing commands and dollar signs do not count, nor do commas in a number, and
 \frac12 is \frac{1}{2}.
 
-    "... so a=3.\nAnswer: \boxed{1,\!000} \text{ cm}"  with label "1000"  ->  {"score": 1.0, "acc": True, "pred": "1000"}
+    "... so a=3.\nAnswer: \boxed{1,\!000} \text{ cm}", label "1000"  ->  {"score": 1.0, "acc": True, "pred": "1000"}
 """
 
 from __future__ import annotations

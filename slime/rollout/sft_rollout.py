@@ -1,0 +1,79 @@
+r"""Supervised fine-tuning as a rollout: conversations of the data set become samples with a loss mask, no engine asked.
+
+Used with --rollout-function-path slime.rollout.sft_rollout.generate_rollout --loss-type sft_loss --input-key messages,
+without --apply-chat-template. A sample's response begins at the first token that is trained on:
+
+    tokens          = [<|im_start|> user \n hi <|im_end|> \n <|im_start|> assistant \n hello <|im_end|> \n]
+    response_length =                                                                   3
+    loss_mask       =                                                                [  1       1       0]
+
+A conversation of more than --rollout-max-context-len tokens is cut at its end, and counted.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from slime.rollout.base_types import RolloutFnTrainOutput
+from slime.rollout.data_source import DataSource
+from slime.utils.mask_utils import MultiTurnLossMaskGenerator
+from slime.utils.processing_utils import load_tokenizer
+from slime.utils.types import Sample, SampleStatus
+
+
+def generate_rollout(
+    args: Any, rollout_id: int, data_source: DataSource, evaluation: bool = False
+) -> RolloutFnTrainOutput:
+    """The next args.rollout_batch_size conversations as groups of scored samples, reward 0.
+
+    Raises ValueError, naming the sample, for a prompt that is no list of messages, a turn that cannot be masked exactly,
+    or a conversation with no token to train on.
+    """
+    if evaluation:
+        raise ValueError("slime.rollout.sft_rollout has no evaluation. Give an --eval-function-path that samples.")
+    generator = _mask_generator(args.hf_checkpoint, args.loss_mask_type, json.dumps(args.apply_chat_template_kwargs))
+    groups = data_source.get_samples(args.rollout_batch_size)
+    samples = [sample for group in groups for sample in group]
+    for sample in samples:
+        try:
+            _fill(sample, generator, args.rollout_max_context_len)
+        except ValueError as error:
+            raise ValueError(f"sample {sample.index}, prompt {sample.prompt!r:.120}: {error}") from error
+    metrics = {
+        "rollout/sft_truncated": sum(sample.status is SampleStatus.TRUNCATED for sample in samples),
+        "rollout/sft_trained_tokens": sum(sample.effective_response_length for sample in samples),
+    }
+    return RolloutFnTrainOutput(groups, metrics)
+
+
+@lru_cache(maxsize=4)
+def _mask_generator(hf_checkpoint: str, loss_mask_type: str, template_kwargs: str) -> MultiTurnLossMaskGenerator:
+    return MultiTurnLossMaskGenerator(load_tokenizer(hf_checkpoint), loss_mask_type, json.loads(template_kwargs))
+
+
+def _fill(sample: Sample, generator: MultiTurnLossMaskGenerator, max_context_len: int | None) -> None:
+    """Sets tokens, response, loss mask, reward and status from the conversation in `sample.prompt`.
+
+    max_context_len: tokens kept, from the beginning; None keeps all.
+    """
+    if isinstance(sample.prompt, str):
+        raise ValueError(
+            "supervised fine-tuning needs chat messages, this is text. Set --input-key to the messages and leave out "
+            "--apply-chat-template."
+        )
+    all_token_ids, whole_mask = generator.get_loss_mask(sample.prompt, tools=sample.metadata.get("tools"))
+    token_ids, mask = all_token_ids[:max_context_len], whole_mask[:max_context_len]
+    if 1 not in mask:
+        raise ValueError(
+            f"none of its first {len(mask)} of {len(whole_mask)} tokens is trained on. Give it an assistant turn with "
+            "step_loss_mask 1 (within --rollout-max-context-len), or take it out."
+        )
+    (response_length,) = generator.get_response_lengths([mask])
+    sample.tokens = token_ids
+    sample.response_length = response_length
+    sample.loss_mask = mask[-response_length:]
+    sample.response = generator.tokenizer.decode(token_ids[-response_length:], skip_special_tokens=False)
+    sample.reward = 0.0
+    sample.status = SampleStatus.COMPLETED if len(mask) == len(whole_mask) else SampleStatus.TRUNCATED
