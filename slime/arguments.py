@@ -130,7 +130,9 @@ def _check_router_args(tokens: list[str]) -> None:
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         error = unknown_flag_error(unknown[0].partition("=")[0], known)
-        raise ConfigError(str(error).replace("--", "--router-").replace("`slime train --router-help`", "its own --help"))
+        raise ConfigError(
+            str(error).replace("--", "--router-").replace("`slime train --router-help`", "its own --help")
+        )
 
 
 def settings_as_dict(args: Args) -> dict[str, Any]:

@@ -12,7 +12,7 @@ STD_EPSILON = 1e-6
 
 
 def advantages(rewards_S: Tensor, group_ids_S: Tensor, *, std_normalize: bool) -> Tensor:
-    """Group-relative advantages (arXiv:2402.03300, section 4.1.2): rewards minus the group mean, optionally over its std.
+    """Rewards minus the group mean, optionally over the group std (arXiv:2402.03300, section 4.1.2).
 
     rewards_S: [S] float. group_ids_S: [S], equal for the samples of one prompt.
     std_normalize: divide by the unbiased standard deviation of the group, plus 1e-6.

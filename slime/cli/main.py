@@ -27,7 +27,9 @@ def main() -> int:
     if argv and argv[0] in COMMANDS:
         return int(importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:]))
     lines = [f"  {name:12} {command.help}" for name, command in COMMANDS.items()]
-    print("usage: slime COMMAND ...\n\n" + "\n".join(lines), file=sys.stdout if argv in ([], ["--help"]) else sys.stderr)
+    print(
+        "usage: slime COMMAND ...\n\n" + "\n".join(lines), file=sys.stdout if argv in ([], ["--help"]) else sys.stderr
+    )
     if argv in ([], ["-h"], ["--help"]):
         return 0
     print(f"\nerror: there is no command {argv[0]!r}", file=sys.stderr)

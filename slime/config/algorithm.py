@@ -12,10 +12,16 @@ from slime.config.base import Group, arg, check, check_not_negative
 class AlgorithmConfig(Group):
     """Algorithm: advantages, loss and its terms."""
 
-    loss_type: Literal["policy_loss", "sft_loss"] = arg("policy_loss", "Policy gradient, or likelihood of given responses.")
+    loss_type: Literal["policy_loss", "sft_loss"] = arg(
+        "policy_loss", "Policy gradient, or likelihood of given responses."
+    )
     advantage_estimator: Literal["grpo"] = arg("grpo", "How rewards become advantages.")
-    calculate_per_token_loss: bool = arg(False, "Mean over all tokens of a step; default: mean over samples of token means.")
-    rewards_normalization: bool = arg(True, "Subtract the group's mean reward.", disable="--disable-rewards-normalization")
+    calculate_per_token_loss: bool = arg(
+        False, "Mean over all tokens of a step; default: mean over samples of token means."
+    )
+    rewards_normalization: bool = arg(
+        True, "Subtract the group's mean reward.", disable="--disable-rewards-normalization"
+    )
     grpo_std_normalization: bool = arg(
         True, "Divide by the group's standard deviation.", disable="--disable-grpo-std-normalization"
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 
@@ -19,8 +19,7 @@ def arg(default: Any, help: str, *, alias: str | None = None, disable: str | Non
     """
     metadata = {"help": help, "alias": alias, "disable": disable}
     if isinstance(default, (list, dict)):
-        factory: Callable[[], Any] = lambda: type(default)(default)
-        return field(default_factory=factory, metadata=metadata)
+        return field(default_factory=partial(type(default), default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 

@@ -13,7 +13,9 @@ class ClusterConfig(Group):
     """Cluster: slots for trainers and engines. A slot is a GPU, or a CPU where there is none."""
 
     train_backend: Literal["megatron", "fsdp"] = arg("megatron", "What trains: Megatron-LM or PyTorch FSDP2.")
-    device: Literal["auto", "cpu", "cuda"] = arg("auto", "Where to train and sample; auto takes GPUs where Ray sees any.")
+    device: Literal["auto", "cpu", "cuda"] = arg(
+        "auto", "Where to train and sample; auto takes GPUs where Ray sees any."
+    )
     actor_num_nodes: int = arg(1, "Nodes that train the actor.")
     actor_num_gpus_per_node: int = arg(8, "Slots on each of these nodes: one trainer rank a slot.")
     rollout_num_gpus: int | None = arg(None, "Slots for inference in all. With --colocate: the trainers' slots.")
@@ -22,8 +24,12 @@ class ClusterConfig(Group):
     colocate: bool = arg(False, "Trainers and engines share the same slots and take turns.")
     offload: bool = arg(False, "Both --offload-train and --offload-rollout.")
     offload_train: bool | None = arg(None, "Trainers give up device memory while engines sample (default: --colocate).")
-    offload_rollout: bool | None = arg(None, "Engines give up device memory while trainers train (default: --colocate).")
-    distributed_backend: Literal["auto", "nccl", "gloo"] = arg("auto", "Collectives: auto is nccl on GPUs, gloo on CPUs.")
+    offload_rollout: bool | None = arg(
+        None, "Engines give up device memory while trainers train (default: --colocate)."
+    )
+    distributed_backend: Literal["auto", "nccl", "gloo"] = arg(
+        "auto", "Collectives: auto is nccl on GPUs, gloo on CPUs."
+    )
     distributed_timeout_minutes: int = arg(10, "Deadline of one collective among trainers, in minutes.")
     num_threads: int | None = arg(
         None, "CPU threads of each trainer and each engine (default: the node's cores over the number of either)."

@@ -21,8 +21,12 @@ class DataConfig(Group):
     apply_chat_template_kwargs: dict[str, Any] = arg({}, "JSON: further arguments of the chat template.")
     rollout_shuffle: bool = arg(False, "Shuffle the prompts anew every epoch.")
     rollout_global_dataset: bool = arg(
-        True, "Read --prompt-data; off: the rollout function finds its own prompts.", disable="--disable-rollout-global-dataset"
+        True,
+        "Read --prompt-data; off: the rollout function finds its own prompts.",
+        disable="--disable-rollout-global-dataset",
     )
     data_source_path: str = arg("slime.rollout.data_source.RolloutDataSourceWithBuffer", "The data source class.")
-    buffer_filter_path: str | None = arg(None, "f(args, rollout_id, buffer, num_samples): picks groups from the buffer.")
+    buffer_filter_path: str | None = arg(
+        None, "f(args, rollout_id, buffer, num_samples): picks groups from the buffer."
+    )
     loss_mask_type: Literal["qwen", "qwen3", "distill_qwen"] = arg("qwen", "Chat family of the loss mask of SFT.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import inspect
 import json
 import tomllib
 import types
@@ -43,7 +45,7 @@ class Setting(NamedTuple):
 def settings_of(group: type[Group]) -> Iterator[Setting]:
     """The settings that a group itself declares, in order."""
     hints = typing.get_type_hints(group)
-    own = group.__dict__.get("__annotations__", {})
+    own = inspect.get_annotations(group)
     for item in dataclasses.fields(group):
         if item.name in own:
             yield _setting(item, hints[item.name])
@@ -60,9 +62,7 @@ def _setting(item: dataclasses.Field[Any], hint: Any) -> Setting:
     kind = str if choices else (typing.get_origin(hint) or hint)
     default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
     meta = item.metadata
-    return Setting(
-        item.name, meta["help"], default, kind, is_list, has_none, choices, meta["alias"], meta["disable"]
-    )
+    return Setting(item.name, meta["help"], default, kind, is_list, has_none, choices, meta["alias"], meta["disable"])
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -74,9 +74,7 @@ class FlagParser(argparse.ArgumentParser):
 
 def build_parser(groups: Iterable[type[Group]], *, prog: str, description: str) -> FlagParser:
     """A parser of all groups' flags. Flags that are not given leave no trace in the namespace."""
-    parser = FlagParser(
-        prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
+    parser = FlagParser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="YAML or TOML file of settings; flags win over it.")
     for group in groups:
         section = parser.add_argument_group((group.__doc__ or group.__name__).splitlines()[0])
@@ -155,10 +153,8 @@ def _check_item(setting: Setting, value: Any, source: str) -> Any:
     if setting.kind is float and type(value) is int:
         value = float(value)
     if setting.kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if type(value) is not setting.kind:
         raise ConfigError(f"{source}: {setting.name} must be {setting.kind.__name__}, got {value!r}.")
     if setting.choices and value not in setting.choices:

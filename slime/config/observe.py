@@ -28,5 +28,7 @@ class ObserveConfig(Group):
     wandb_group: str | None = arg(None, "Group, and start of the run's name.")
     wandb_project: str | None = arg(None, "Project.")
     wandb_run_id: str | None = arg(None, "Run to continue.")
-    wandb_random_suffix: bool = arg(True, "Add a random suffix to the run's name.", disable="--disable-wandb-random-suffix")
+    wandb_random_suffix: bool = arg(
+        True, "Add a random suffix to the run's name.", disable="--disable-wandb-random-suffix"
+    )
     wandb_always_use_train_step: bool = arg(False, "Use train/step as the axis of everything.")

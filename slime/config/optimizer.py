@@ -19,7 +19,9 @@ class OptimizerConfig(Group):
     max_tokens_per_gpu: int | None = arg(None, "Tokens of one packed micro-batch on one rank.")
     log_probs_max_tokens_per_gpu: int | None = arg(None, "The same where no gradient is taken (default: the same).")
     balance_data: bool = arg(True, "Share samples among ranks by cost, the quadratic part of attention included.")
-    log_probs_chunk_size: int = arg(1024, "Tokens whose logits are held at once; memory is this x vocabulary x 4 bytes.")
+    log_probs_chunk_size: int = arg(
+        1024, "Tokens whose logits are held at once; memory is this x vocabulary x 4 bytes."
+    )
     optimizer: Literal["adam"] = arg("adam", "AdamW.")
     lr: float = arg(1e-6, "Learning rate.")
     min_lr: float = arg(0.0, "The schedule's lowest learning rate.")
@@ -31,7 +33,9 @@ class OptimizerConfig(Group):
     lr_warmup_fraction: float | None = arg(None, "Warm-up as a share of --lr-decay-iters.")
     lr_warmup_init: float = arg(0.0, "Learning rate at the start of the warm-up.")
     lr_wsd_decay_iters: int | None = arg(None, "Steps of the final decay of WSD.")
-    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = arg("exponential", "Shape of that decay.")
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = arg(
+        "exponential", "Shape of that decay."
+    )
     weight_decay: float = arg(0.0, "Decoupled weight decay, on matrices only.")
     adam_beta1: float = arg(0.9, "Decay of the first moment.")
     adam_beta2: float = arg(0.95, "Decay of the second moment.")

@@ -11,7 +11,9 @@ from slime.config.base import Group, arg, check, check_positive
 class RewardConfig(Group):
     """Reward: the rule or the function that scores a response, and what its failures cost."""
 
-    rm_type: str | None = arg(None, "Rule reward, such as math, dapo or exact_match; prefix boxed_ extracts \\boxed{} first.")
+    rm_type: str | None = arg(
+        None, "Rule reward, such as math, dapo or exact_match; prefix boxed_ extracts \\boxed{} first."
+    )
     rm_url: str | None = arg(None, "Address of a reward server, for --rm-type remote_rm.")
     custom_rm_path: str | None = arg(None, "Reward function: async f(args, sample, **kw) -> float | dict.")
     group_rm: bool = arg(False, "Score the samples of a group in one call: f(args, samples, **kw) -> list.")

@@ -37,7 +37,7 @@ def _cluster(config: RunConfig) -> dict[str, Any]:
         num_slots = config.rollout_num_gpus or 0
     _require(
         num_slots % config.rollout_num_gpus_per_engine == 0,
-        f"--rollout-num-gpus-per-engine {config.rollout_num_gpus_per_engine} must divide the {num_slots} rollout slots.",
+        f"--rollout-num-gpus-per-engine {config.rollout_num_gpus_per_engine} must divide the {num_slots} engine slots.",
     )
     _require(
         config.colocate or not (config.offload or config.offload_train or config.offload_rollout),
@@ -174,4 +174,6 @@ def _first(*values: Any) -> Any:
 def check_model_directory(path: str, flag: str) -> None:
     """Raise ConfigError unless `path` is a directory with a config.json."""
     _require(Path(path).is_dir(), f"{flag}: there is no directory {path}.")
-    _require((Path(path) / "config.json").is_file(), f"{flag}: {path} has no config.json; it must be a Hugging Face model.")
+    _require(
+        (Path(path) / "config.json").is_file(), f"{flag}: {path} has no config.json; it must be a Hugging Face model."
+    )

@@ -38,7 +38,7 @@ def _per_response_token(**kw: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBatch:
-    """The samples of one rollout as flat arrays (S samples). A new field is one line here; `select` follows the axes."""
+    """The samples of one rollout (S of them) as flat arrays. A new field is one line; `select` follows its axis."""
 
     tokens: Array = _per_token()  # int32, prompt + response of all samples
     total_lengths: Array = _per_sample()  # int32 [S]

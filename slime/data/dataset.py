@@ -208,4 +208,5 @@ class Dataset:
 def _prompt_lengths(tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[int]:
     """Tokens of each text prompt, [len(samples)]; 0 for a list of messages."""
     texts = [sample.prompt if isinstance(sample.prompt, str) else "" for sample in samples]
-    return [len(token_ids) for token_ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [len(token_ids) for token_ids in encoded["input_ids"]]

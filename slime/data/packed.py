@@ -4,7 +4,7 @@ A worked example, two sequences with prompt p and response a, and prompt q and r
 
     input_ids      = [p0 p1 a0 a1 a2 | q0 b0 b1]
     position_ids   = [ 0  1  2  3  4 |  0  1  2]
-    target_index   = [       2  3  4 |     6  7]      where the response tokens stand; logits one place before predict them
+    target_index   = [       2  3  4 |     6  7]      places of the response tokens; the logits before predict them
     sequence_ids   = [       0  0  0 |     1  1]
 """
 

@@ -72,7 +72,7 @@ def pack(lengths: Sequence[int], limit: PackingLimit) -> list[list[int]]:
 
 
 def split_into(bins: list[list[int]], count: int, lengths: Sequence[int]) -> list[list[int]]:
-    """The same rows in exactly `count` bins (at least as many as now): the heaviest is halved, else an empty one added."""
+    """The same rows in `count` bins, at least as many as now: the heaviest is halved, else an empty one added."""
     bins = [list(members) for members in bins]
     while len(bins) < count:
         divisible = [index for index, members in enumerate(bins) if len(members) > 1]

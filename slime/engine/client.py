@@ -1,4 +1,4 @@
-"""The trainer's and the fleet's view of one engine on the wire: life signs, weights, memory. Any engine answers alike."""
+"""The trainer's and the fleet's view of one engine on the wire: life signs, weights, memory. Any engine will do."""
 
 from __future__ import annotations
 

@@ -74,6 +74,6 @@ def _fill(sample: Sample, generator: MultiTurnLossMaskGenerator, max_context_len
     sample.tokens = token_ids
     sample.response_length = response_length
     sample.loss_mask = mask[-response_length:]
-    sample.response = generator.tokenizer.decode(token_ids[-response_length:], skip_special_tokens=False)
+    sample.response = str(generator.tokenizer.decode(token_ids[-response_length:], skip_special_tokens=False))
     sample.reward = 0.0
     sample.status = SampleStatus.COMPLETED if len(mask) == len(whole_mask) else SampleStatus.TRUNCATED

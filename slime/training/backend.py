@@ -96,7 +96,7 @@ class TrainBackend(Protocol):
         ...
 
     def hf_tensors(self) -> Iterator[NamedTensor]:
-        """Full tensors under Hugging Face names, gathered bucket by bucket. A collective: every rank iterates to the end."""
+        """Full tensors under Hugging Face names, gathered bucket by bucket; every rank iterates to the end."""
         ...
 
     def save(self, rollout_id: int) -> None:

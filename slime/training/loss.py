@@ -23,7 +23,8 @@ def policy_loss(
 
     Without old log-probs the policy has not moved since sampling: they are the current ones, detached.
     """
-    assert batch.advantages is not None and cfg.eps_clip_high is not None
+    assert batch.advantages is not None
+    assert cfg.eps_clip_high is not None
     log_probs_T = outputs.log_probs
     old_T = log_probs_T.detach() if batch.old_log_probs is None else batch.old_log_probs
     clipped = clipped_policy_loss(

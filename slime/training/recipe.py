@@ -113,9 +113,7 @@ class Recipe:
             rewards_S = rewards_S - cfg.kl_coef * self._kl_of_samples(len(batch), batches)
         if batch.rewards_are_final or not cfg.rewards_normalization:
             return rewards_S
-        return grpo.advantages(
-            rewards_S, torch.tensor(batch.group_ids), std_normalize=cfg.grpo_std_normalization
-        )
+        return grpo.advantages(rewards_S, torch.tensor(batch.group_ids), std_normalize=cfg.grpo_std_normalization)
 
     def _kl_of_samples(self, num_samples: int, batches: list[PackedBatch]) -> Tensor:
         """[S] KL to the reference, summed over each sample's trained tokens and known to every rank."""
@@ -123,7 +121,8 @@ class Recipe:
         for micro_batch in batches:
             if not micro_batch.rows:
                 continue
-            assert micro_batch.old_log_probs is not None and micro_batch.ref_log_probs is not None
+            assert micro_batch.old_log_probs is not None
+            assert micro_batch.ref_log_probs is not None
             kl_T = kl_estimate(micro_batch.old_log_probs, micro_batch.ref_log_probs, self.algorithm.kl_loss_type)
             rows_T = torch.tensor(micro_batch.rows)[micro_batch.sequence_ids]
             kl_S.index_add_(0, rows_T, kl_T * micro_batch.loss_mask)
@@ -135,7 +134,7 @@ class Recipe:
         if result.skipped:
             self.num_skipped += 1
             dump = self._dump(rollout_id, index, batch, step)
-            logger.warning("rollout %d step %d: loss or gradient not finite, step skipped; %s", rollout_id, index, dump)
+            logger.warning("rollout %d step %d skipped: loss or gradient not finite; %s", rollout_id, index, dump)
             if self.num_skipped > self.optimizer.max_skipped_steps:
                 raise TrainingDiverged(
                     f"{self.num_skipped} optimizer steps had a loss or gradient that was not finite (--max-skipped-steps "

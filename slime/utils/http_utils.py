@@ -44,8 +44,8 @@ async def post(
 ) -> Any:
     """POST `payload` as JSON; the answer's JSON.
 
-    timeout_s: deadline of one attempt. retry_for_s: how long lost connections and answers 502, 503, 504 are tried again;
-    other answers fail at once, with the server's words. Raises HTTPError.
+    timeout_s: deadline of one attempt. retry_for_s: how long lost connections and answers 502, 503, 504 are tried
+    again; other answers fail at once, with the server's words. Raises HTTPError.
     """
     return await _request("POST", url, orjson.dumps(payload), timeout_s, retry_for_s, headers)
 

@@ -1,4 +1,4 @@
-"""Runs a command that ends with its owner: `python process_guard.py COMMAND ...`, standard input held open by the owner.
+"""Runs a command that ends with its owner: `python process_guard.py COMMAND ...`, its input held open by the owner.
 
 When standard input closes, as it does when the owner dies of whatever cause, the command's process group is ended:
 SIGTERM, then SIGKILL. Imports the standard library only, so that it starts in some 20 ms.

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 Message = dict[str, Any]
 
 
-class SampleStatus(str, Enum):
+class SampleStatus(StrEnum):
     """How a rollout ended. FAILED: generation or reward raised; `metadata["failure"]` says why."""
 
     PENDING = "pending"
@@ -197,7 +197,8 @@ class Sample:
             values = getattr(self, name)
             if values is not None and len(values) != self.response_length:
                 raise ValueError(
-                    f"sample {self.index}: {name} has {len(values)} entries, the response has {self.response_length} tokens"
+                    f"sample {self.index}: {name} has {len(values)} entries, "
+                    f"the response has {self.response_length} tokens"
                 )
 
     def to_dict(self) -> dict[str, Any]:

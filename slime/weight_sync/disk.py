@@ -16,9 +16,7 @@ SHARD_BYTES = 4 * 2**30
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", "*.gguf", "*.msgpack", "*.h5")
 
 
-def write_hf_directory(
-    tensors: Iterable[tuple[str, Tensor]], directory: Path, *, assets: str, is_writer: bool
-) -> None:
+def write_hf_directory(tensors: Iterable[tuple[str, Tensor]], directory: Path, *, assets: str, is_writer: bool) -> None:
     """Write a directory that `transformers` loads; complete or absent.
 
     tensors: full tensors under Hugging Face names; every rank iterates to the end, since gathering is a collective.

@@ -69,9 +69,7 @@ def _is_lost(error: BaseException) -> bool:
     return isinstance(error, HTTPError) and (error.status is None or error.status == 408)
 
 
-def _with_checksums(
-    tensors: Iterable[tuple[str, Tensor]], checksums: dict[str, str]
-) -> Iterable[tuple[str, Tensor]]:
+def _with_checksums(tensors: Iterable[tuple[str, Tensor]], checksums: dict[str, str]) -> Iterable[tuple[str, Tensor]]:
     for name, tensor in tensors:
         checksums[name] = tensor_checksum(tensor)
         yield name, tensor
@@ -82,4 +80,6 @@ async def _compare(engines: Sequence[EngineClient], sent: dict[str, str]) -> Non
         held = await engine.checksums()
         wrong = sorted(name for name, checksum in sent.items() if held.get(name) != checksum)
         if wrong:
-            raise WeightMismatch(f"{engine.url} holds {len(wrong)} tensors that differ from those sent, first {wrong[0]}")
+            raise WeightMismatch(
+                f"{engine.url} holds {len(wrong)} tensors that differ from those sent, first {wrong[0]}"
+            )

@@ -13,7 +13,8 @@ class FSDPConfig(Group):
     """FSDP: precision, attention and memory of the FSDP2 backend."""
 
     attn_implementation: str = arg(
-        "packed", "Attention: packed (variable-length, exact), or a name that transformers knows, such as flash_attention_2."
+        "packed",
+        "Attention: packed (variable-length, exact), or a name that transformers knows, such as flash_attention_2.",
     )
     gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass.")
     bf16: bool | None = arg(None, "Compute in bfloat16, weights in float32 (default: on GPUs).")

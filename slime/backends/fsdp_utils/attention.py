@@ -76,13 +76,13 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence, as transformers calls it. query: [1, H, N, D]; key, value: [1, K, N, D].
+    """Causal attention within each packed sequence, as transformers calls it.
 
-    Returns [1, N, H, D].
+    query: [1, H, N, D]; key, value: [1, K, N, D]. Returns [1, N, H, D].
     """
     if packing is None:
         raise ValueError(
-            f"{type(module).__name__} does not hand its keyword arguments to attention, so packed sequences would leak. "
+            f"{type(module).__name__} does not hand its keyword arguments to attention: packed sequences would leak. "
             "Choose another --attn-implementation."
         )
     if softcap is not None:

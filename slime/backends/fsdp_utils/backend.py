@@ -77,9 +77,9 @@ class FSDPBackend:
         lm = load_causal_lm(directory, attn_implementation=self.fsdp.attn_implementation)
         if train and self.fsdp.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
-        model = TokenModel(
-            lm, temperature=self.run.rollout_temperature, chunk_size=self.run.log_probs_chunk_size
-        ).to(self.device)
+        model = TokenModel(lm, temperature=self.run.rollout_temperature, chunk_size=self.run.log_probs_chunk_size).to(
+            self.device
+        )
         model.train(train).requires_grad_(train)
         return shard(model, self.mesh, Precision.choose(self.fsdp.bf16, self.device))
 

@@ -1,10 +1,10 @@
 """Sharded checkpoints that are complete or absent, readable at any number of ranks.
 
-    SAVE/
-    |-- latest_checkpointed_iteration.txt     the last complete step, written last
-    |-- iter_0000010/
-        |-- model/ optimizer/                 torch.distributed.checkpoint
-        |-- rng.pt  meta.json
+SAVE/
+|-- latest_checkpointed_iteration.txt     the last complete step, written last
+|-- iter_0000010/
+    |-- model/ optimizer/                 torch.distributed.checkpoint
+    |-- rng.pt  meta.json
 """
 
 from __future__ import annotations

@@ -96,6 +96,10 @@ class MathWorker:
             self.close()
             raise RuntimeError(f"the math-verify process ended at its start, or took over {_START_S:.0f} s") from error
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
