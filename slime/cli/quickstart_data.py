@@ -47,7 +47,9 @@ class TaskFiles(NamedTuple):
     eval: Path
 
 
-def write_task(directory: Path, seed: int, *, num_eval: int = 256, careless_fraction: float = 0.8) -> TaskFiles:
+def write_task(
+    directory: Path, seed: int, *, num_eval: int = 256, num_demonstrations: int = 16384, careless_fraction: float = 0.8
+) -> TaskFiles:
     """Write train.jsonl, sft.jsonl and eval.jsonl into `directory` and return their paths.
 
     num_eval: prompts held out of the 8100; the others are train's, with one demonstration each.
@@ -59,9 +61,10 @@ def write_task(directory: Path, seed: int, *, num_eval: int = 256, careless_frac
     problems = [(left, right) for left in OPERANDS for right in OPERANDS]
     rng.shuffle(problems)
     held_out, training = problems[:num_eval], problems[num_eval:]
+    weights = [_easiness(right) for _, right in training]
     demonstrations = [
         _demonstration(left, right, careless_answer(left, right) if rng.random() < careless_fraction else answer(left, right))
-        for left, right in training
+        for left, right in rng.choices(training, weights, k=num_demonstrations)
     ]
     directory.mkdir(parents=True, exist_ok=True)
     return TaskFiles(
@@ -139,6 +142,10 @@ def _tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
+
+
+def _easiness(right: int) -> float:
+    return 1.0 / ((1 + right % 10) * (1 + right // 10))
 
 
 def _problem(left: int, right: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slime.config.base import Group, arg, check_positive
+from slime.config.base import Group, arg, check_not_negative, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,8 @@ class ClusterConfig(Group):
     shutdown_grace_s: float = arg(60.0, "After SIGTERM: seconds to reach the next step boundary and save.")
 
     def __post_init__(self) -> None:
-        check_positive(self, "actor_num_nodes", "actor_num_gpus_per_node", "rollout_num_gpus")
+        check_positive(self, "actor_num_nodes", "actor_num_gpus_per_node")
+        check_not_negative(self, "rollout_num_gpus")
         check_positive(self, "rollout_num_gpus_per_engine", "num_gpus_per_node", "num_threads")
         check_positive(self, "distributed_timeout_minutes", "cluster_timeout_s", "engine_start_timeout_s")
         check_positive(self, "trainer_start_timeout_s", "rollout_timeout_s", "train_timeout_s")

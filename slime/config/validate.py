@@ -33,8 +33,8 @@ def _cluster(config: RunConfig) -> dict[str, Any]:
     elif config.colocate:
         num_slots = config.num_trainers
     else:
-        _require(config.rollout_num_gpus is not None, "--rollout-num-gpus must be given, or --colocate.")
         num_slots = config.rollout_num_gpus or 0
+        _require(num_slots > 0, "--rollout-num-gpus must be given and above 0, or --colocate.")
     _require(
         num_slots % config.rollout_num_gpus_per_engine == 0,
         f"--rollout-num-gpus-per-engine {config.rollout_num_gpus_per_engine} must divide the {num_slots} engine slots.",

@@ -32,9 +32,14 @@ def tensor_checksum(tensor: Tensor) -> str:
     total = _mixed(tail, places[:1] + whole)
     for start in range(0, len(words), size):
         chunk = words[start : start + size]
-        total += _mixed(chunk, places[: len(chunk)] + start * _STEP % (1 << 63))
+        total += _mixed(chunk, places[: len(chunk)] + _signed(start * _STEP))
     kind = f"{tensor.dtype} {tuple(tensor.shape)}"
     return f"{zlib.crc32(kind.encode()):08x}{int(total.item()) % (1 << 64):016x}"
+
+
+def _signed(number: int) -> int:
+    """`number` as a 64-bit integer holds it, so that places do not depend on where chunks begin."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _mixed(words: Tensor, places: Tensor) -> Tensor:

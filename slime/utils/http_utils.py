@@ -33,6 +33,11 @@ class HTTPError(RuntimeError):
     def __str__(self) -> str:
         return str(self.args[0])
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the server did not answer, as opposed to answering that it failed."""
+        return self.status is None or self.status == 408
+
 
 async def post(
     url: str,

@@ -28,8 +28,7 @@ def load_function(path: str) -> Any:
 def is_due(rollout_id: int, interval: int | None, num_rollout: int | None = None) -> bool:
     """Whether something done every `interval` rollouts is due after `rollout_id`; the last rollout always is.
 
-    num_rollout: where given, the rollout `num_rollout - 1` is due whatever the interval.
+    num_rollout: where given, the rollout `num_rollout - 1` is due whatever the interval, also where there is none.
     """
-    if interval is None:
-        return False
-    return (rollout_id + 1) % interval == 0 or (num_rollout is not None and rollout_id == num_rollout - 1)
+    is_last = num_rollout is not None and rollout_id == num_rollout - 1
+    return is_last or (interval is not None and (rollout_id + 1) % interval == 0)

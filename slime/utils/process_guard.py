@@ -5,6 +5,7 @@ SIGTERM, then SIGKILL. Imports the standard library only, so that it starts in s
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -12,17 +13,24 @@ import sys
 import threading
 
 GRACE_S = 3.0
+PR_SET_PDEATHSIG = 1
 
 
 def main(command: list[str]) -> int:
-    """The command's exit code, negative for a signal."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    """The command's exit code; 128 + N where signal N ended it, as shells have it."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent)
     signal.signal(signal.SIGTERM, lambda *_: _end_group(child))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the owner's affair
     threading.Thread(target=_wait_for_owner, args=(child,), daemon=True).start()
     code = child.wait()
     _signal_group(child, signal.SIGKILL)  # what the command left behind
-    return code
+    return code if code >= 0 else 128 - code
+
+
+def _die_with_parent() -> None:
+    """Linux: SIGKILL for the command when this guard dies, should somebody kill it."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_for_owner(child: "subprocess.Popen[bytes]") -> None:
@@ -44,4 +52,4 @@ def _signal_group(child: "subprocess.Popen[bytes]", number: int) -> None:
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]) & 0xFF)
+    os._exit(main(sys.argv[1:]))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from slime.utils import process_guard
@@ -47,6 +50,27 @@ class OwnedProcess:
             self._guard.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self._guard.kill()
+
+
+@contextlib.contextmanager
+def owned_directory(root: Path, *, prefix: str) -> Iterator[Path]:
+    """A new folder `root/prefix...`, deleted at the end, also where that is a SIGKILL of this process.
+
+    A shell waits for its standard input to close, as it does when this process dies. It deletes twice, since others may
+    still be writing as they die.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+    script = 'read -r _; rm -rf -- "$0"; sleep 5; rm -rf -- "$0"'
+    guard = subprocess.Popen(["/bin/sh", "-c", script, str(directory)], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        guard.kill()
+        guard.wait()
+        assert guard.stdin is not None
+        guard.stdin.close()
 
 
 def raise_open_file_limit() -> int:
