@@ -14,12 +14,14 @@ def kl_estimate(log_probs_T: Tensor, ref_log_probs_T: Tensor, kind: KLType) -> T
     """Per-token estimate [T] with d = log_probs - ref_log_probs.
 
     k1: d, unbiased, may be negative. k2: d^2 / 2, biased, low variance. k3: exp(-d) - 1 + d, unbiased, never negative.
-    low_var_kl: k3 clamped to [-10, 10].
+    low_var_kl: k3 clamped to at most 10.
     """
     d = log_probs_T - ref_log_probs_T
+    if kind == "low_var_kl":
+        d = d.clamp(-20, 20)  # beyond, k3 is above 10 anyway; unclamped, exp overflows and its gradient is NaN
     if kind == "k1":
         return d
     if kind == "k2":
         return d**2 / 2
     k3 = torch.expm1(-d) + d
-    return k3 if kind == "k3" else k3.clamp(-10, 10)
+    return k3 if kind == "k3" else k3.clamp(max=10)

@@ -7,9 +7,11 @@ samples from the current version.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,12 +24,15 @@ from slime.ray.actors import create_actor
 from slime.ray.engine_command import EngineSpec, engine_command
 from slime.ray.placement import Slots
 from slime.ray.process_host import ProcessHost
-from slime.ray.router import POLL_S, Router, ServerNotUp
+from slime.ray.router import LIFE_SIGN_S, POLL_S, PortTaken, Router, ServerNotUp, not_up
 from slime.ray.watchdog import thread_stacks
 from slime.utils.http_utils import HTTPError
 from slime.utils.logging import configure_logging
 
 logger = logging.getLogger(__name__)
+
+PORT_ATTEMPTS = 3
+DEREGISTRATION_S = 5.0
 
 
 class TooManyRestarts(RuntimeError):
@@ -36,12 +41,16 @@ class TooManyRestarts(RuntimeError):
 
 @dataclass
 class Engine:
-    """One engine: the actor that owns its process, and where it listens now."""
+    """One engine: the actor that owns its process, and where it listens now.
+
+    lock: held while it is replaced or registered. is_lost: known to be gone, and not replaced yet.
+    """
 
     name: str
     host: ActorHandle
     url: str = ""
     num_starts: int = 0
+    is_lost: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -69,6 +78,7 @@ class EngineFleet:
         self.released: list[str] = []
         self.num_restarts = 0
         self.is_updating = False
+        self.is_stopping = False
 
     def _first_bundles(self) -> list[int]:
         return self.slots.engine_bundles[:: self.args.rollout_num_gpus_per_engine]
@@ -89,6 +99,15 @@ class EngineFleet:
         await asyncio.gather(self.router.wait_until_up(), *(self._start(engine) for engine in self.engines))
 
     async def _start(self, engine: Engine) -> None:
+        """Start its process. A port that was free when chosen may be taken when it is bound: then on another one."""
+        for _ in range(PORT_ATTEMPTS - 1):
+            try:
+                return await self._start_once(engine)
+            except PortTaken as error:
+                logger.warning("%s", error)
+        await self._start_once(engine)
+
+    async def _start_once(self, engine: Engine) -> None:
         weights = self.weights
         spec = EngineSpec(
             model_path=weights.directory if weights else self.args.hf_checkpoint,
@@ -105,11 +124,10 @@ class EngineFleet:
     async def _wait_until_up(self, engine: Engine) -> None:
         deadline = time.monotonic() + self.args.engine_start_timeout_s
         client = self._client(engine)
-        while not await client.is_healthy(timeout_s=self.args.rollout_health_check_timeout):
+        while not await client.is_healthy(timeout_s=LIFE_SIGN_S):
             code = await engine.host.poll.remote()
             if code is not None or time.monotonic() > deadline:
-                state = f"ended with code {code}" if code is not None else "did not answer /health in time"
-                raise ServerNotUp(f"{engine.name} {state}. Its log ends:\n{await engine.host.log_tail.remote()}")
+                raise not_up(engine.name, code, self.args.engine_start_timeout_s, await engine.host.log_tail.remote())
             await asyncio.sleep(POLL_S)
 
     def _client(self, engine: Engine) -> EngineClient:
@@ -123,52 +141,78 @@ class EngineFleet:
         for engine in self.engines:
             async with engine.lock:
                 pass
-        return [engine.url for engine in self.engines]
+        return [engine.url for engine in self.engines if not engine.is_lost]
 
     async def weights_sent(self, version: int, directory: str, failed: list[str]) -> None:
-        """The engines hold `version`, but for the `failed` addresses, which are restarted from `directory`."""
+        """The engines hold `version`, but for the `failed` addresses, which are started anew from `directory`."""
         self.weights = Weights(version, directory)
-        await asyncio.gather(*(self._restart(engine, engine.url) for engine in self.engines if engine.url in failed))
-        await asyncio.gather(*(self._register(engine) for engine in self.engines))
+        for engine in self.engines:
+            engine.is_lost |= engine.url in failed
+        await asyncio.gather(*(self._register(engine) for engine in self.engines if not engine.is_lost))
+        await self._replace_lost()
         self.is_updating = False
-
-    async def _register(self, engine: Engine) -> None:
-        if engine.url not in await self.router.workers():
-            await self.router.add(engine.url)
 
     async def release_memory(self, tags: list[str]) -> None:
         """Engines give up the memory of "weights" and, or, "kv_cache"."""
-        await asyncio.gather(*(self._client(engine).release_memory(tags) for engine in self.engines))
         self.released = sorted({*self.released, *tags})
+        await self._tell_all(lambda client: client.release_memory(tags))
 
     async def resume_memory(self, tags: list[str]) -> None:
-        """Engines take that memory back."""
-        await asyncio.gather(*(self._client(engine).resume_memory(tags) for engine in self.engines))
+        """Engines take that memory back. Those lost meanwhile are replaced once nobody else holds any of it."""
+        await self._tell_all(lambda client: client.resume_memory(tags))
         self.released = [tag for tag in self.released if tag not in tags]
+        await self._replace_lost()
+
+    async def _tell_all(self, call: Callable[[EngineClient], Awaitable[None]]) -> None:
+        await asyncio.gather(*(self._tell(engine, call) for engine in self.engines if not engine.is_lost))
+
+    async def _tell(self, engine: Engine, call: Callable[[EngineClient], Awaitable[None]]) -> None:
+        async with engine.lock:
+            try:
+                await call(self._client(engine))
+            except HTTPError as error:
+                if not error.is_lost:
+                    raise
+                logger.warning("%s is lost: %s", engine.name, error)
+                engine.is_lost = True
+
+    async def _replace_lost(self) -> None:
+        """An engine that starts wants all its memory: it waits while trainers hold a part."""
+        if not self.released:
+            await asyncio.gather(*(self._replace(engine, engine.url) for engine in self.engines if engine.is_lost))
 
     # --- watch
 
     async def watch(self) -> None:
         """Look at every process until one cannot be brought back; that is raised, and is the only way to return."""
+        await asyncio.gather(self._watch(self._look_at_router), *(self._watch(self._look_at, e) for e in self.engines))
+
+    async def _watch(self, look: Callable[..., Awaitable[None]], *args: Engine) -> None:
         while True:
             await asyncio.sleep(self.args.rollout_health_check_interval)
-            await asyncio.gather(self._look_at_router(), *(self._look_at(engine) for engine in self.engines))
+            if self.is_stopping:
+                await asyncio.Event().wait()  # until the actor ends
+            await look(*args)
 
     async def _look_at(self, engine: Engine) -> None:
         url = engine.url
-        if engine.lock.locked() or self.is_updating:
+        if self._is_busy(engine):
             return
         code = await engine.host.poll.remote()
         if code is None and await self._client(engine).is_healthy(timeout_s=self.args.rollout_health_check_timeout):
             return
+        if self._is_busy(engine):
+            return
         reason = "does not answer /health" if code is None else f"ended with code {code}"
         logger.warning("%s %s: restarting it", engine.name, reason)
-        await self._restart(engine, url)
-        if self.weights is not None:
-            await self._register(engine)
+        await self._replace(engine, url)
 
-    async def _restart(self, engine: Engine, url: str) -> None:
-        """Replace the process that listens at `url`; nothing if that has happened already."""
+    def _is_busy(self, engine: Engine) -> bool:
+        """Whether somebody else sees to it, or nobody may: it sleeps, takes weights, is being replaced, or all ends."""
+        return engine.lock.locked() or self.is_updating or bool(self.released) or self.is_stopping
+
+    async def _replace(self, engine: Engine, url: str) -> None:
+        """Replace the process that listens at `url`, which is gone; nothing if that has happened already."""
         async with engine.lock:
             if engine.url != url:
                 return
@@ -178,19 +222,33 @@ class EngineFleet:
             except HTTPError as error:
                 logger.warning("the router keeps %s for now: %s", url, error)
             await self._start(engine)
-            if self.released:
-                await self._client(engine).release_memory(self.released)
+            engine.is_lost = False
+            if self.weights is not None:
+                await self.router.add(engine.url)
+        logger.info("%s is back at %s", engine.name, engine.url)
+
+    async def _register(self, engine: Engine) -> None:
+        async with engine.lock:
+            if engine.url not in await self.router.workers():
+                await self.router.add(engine.url)
 
     async def _look_at_router(self) -> None:
-        if self.router.is_external or await self.router.is_up():
+        if self.router.is_external or self.is_stopping or await self.router.is_up() or self.is_stopping:
             return
         logger.warning("the router does not answer: restarting it")
         self._count_restart("the router")
-        self.router.stop()
+        await asyncio.to_thread(self.router.stop)
         self.router.start()
         await self.router.wait_until_up()
         if self.weights is not None:
-            await asyncio.gather(*(self._register(engine) for engine in self.engines))
+            await asyncio.gather(*(self._register_again(engine) for engine in self.engines if not engine.is_lost))
+        logger.info("the router is back")
+
+    async def _register_again(self, engine: Engine) -> None:
+        try:
+            await self._register(engine)
+        except ServerNotUp as error:
+            logger.warning("%s; left to the watch on %s", error, engine.name)
 
     def _count_restart(self, name: str) -> None:
         if not self.args.use_fault_tolerance:
@@ -206,11 +264,13 @@ class EngineFleet:
 
     async def stop(self) -> None:
         """End engines and router; take our engines out of an external router."""
+        self.is_stopping = True
         if self.router.is_external:
-            await asyncio.gather(*(self.router.remove(engine.url) for engine in self.engines), return_exceptions=True)
-        self.router.stop()
-        await asyncio.gather(*(engine.host.stop.remote() for engine in self.engines))
+            removals = asyncio.gather(*(self.router.remove(e.url) for e in self.engines), return_exceptions=True)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(removals, DEREGISTRATION_S)
+        await asyncio.gather(asyncio.to_thread(self.router.stop), *(engine.host.stop.remote() for engine in self.engines))
 
     async def stacks(self) -> str:
-        """What every thread is doing."""
+        """What every thread and every task is doing."""
         return thread_stacks()

@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import logging
 import os
-import shutil
 import signal
-import tempfile
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from slime.ray.rollout_manager import RolloutManager
 from slime.ray.watchdog import Watchdog
 from slime.utils.logging import configure_logging
 from slime.utils.misc import is_due
+from slime.utils.processes import owned_directory
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +53,14 @@ class Job:
     def __init__(self, args: Args) -> None:
         self.args = args
         self.run_dir = run_directory(args)
+        self.is_in_loop = False
         self.is_stopping = False
         self.watchdog = Watchdog()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Job:
         configure_logging(self.args.log_level)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         with self._stack:
             self._start()
             self._stack = self._stack.pop_all()
@@ -71,19 +73,19 @@ class Job:
 
     def _start(self) -> None:
         """Everything slow starts at once: prompts, engines and trainers load while the others do."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        weights_dir = self._weights_directory()
+        weights_dir = self._stack.enter_context(self._weights_directory())
         if start_ray(self.args):
             self._stack.callback(ray.shutdown)
-        self._stack.enter_context(self._graceful_stop())
+        self._stack.enter_context(self._graceful_stop())  # after Ray, which sets a handler of its own
         slots = allocate(self.args)
         self._stack.callback(slots.release)
         self.manager = self._start_manager()
         prompts: ObjectRef = self.manager.prepare.remote()
-        fleet, engines = self._start_fleet(slots)
+        fleet = self._start_fleet(slots)
+        engines = [] if fleet is None else [fleet.start.remote(), self._connect(fleet)]
         self.args = self._with_num_rollout(prompts)
         self.group = self._start_trainers(slots)
-        trainers = self.group.start(weights_dir)
+        trainers = self.group.start(str(weights_dir))
         _, *answers = self.watchdog.get(
             [prompts, *trainers, *engines],
             timeout_s=max(self.args.trainer_start_timeout_s, self.args.engine_start_timeout_s) + STOP_DEADLINE_S,
@@ -114,16 +116,20 @@ class Job:
         self.watchdog.actors["rollout manager"] = manager
         return manager
 
-    def _start_fleet(self, slots: Slots) -> tuple[ActorHandle | None, list[ObjectRef]]:
-        """The fleet, and the call that ends when its engines answer; none with --debug-train-only."""
+    def _start_fleet(self, slots: Slots) -> ActorHandle | None:
+        """None with --debug-train-only."""
         if not slots.engine_bundles:
-            return None, []
+            return None
         fleet = create_actor(EngineFleet, self.args, slots, str(self.run_dir))
         self._stack.callback(_stop_fleet, fleet)
         self.watchdog.actors["engine fleet"] = fleet
-        host, port = self._get(fleet.router_address.remote(), "the engine fleet")
-        self._get(self.manager.use_router.remote(host, port), "the rollout manager")
-        return fleet, [fleet.start.remote()]
+        return fleet
+
+    def _connect(self, fleet: ActorHandle) -> ObjectRef:
+        """The call that tells the manager where the router is."""
+        address: ObjectRef = fleet.router_address.remote()
+        call: ObjectRef = self.manager.use_router.remote(address)
+        return call
 
     def _start_trainers(self, slots: Slots) -> ActorGroup:
         group = ActorGroup(self.args, slots, str(self.run_dir), self.watchdog)
@@ -141,25 +147,25 @@ class Job:
         self.num_rollout = args.num_rollout or 0
         return args
 
-    def _weights_directory(self) -> str:
-        """Where the disk transport writes: a folder of its own, deleted at the end."""
+    def _weights_directory(self) -> contextlib.AbstractContextManager[Path]:
+        """Where the disk transport writes."""
         root = self.args.update_weight_disk_dir
         if root is None:
             is_one_node = "RAY_ADDRESS" not in os.environ
             root = str(MEMORY_FILE_SYSTEM if is_one_node and MEMORY_FILE_SYSTEM.is_dir() else self.run_dir)
-        Path(root).mkdir(parents=True, exist_ok=True)
-        directory = tempfile.mkdtemp(prefix="slime-weights-", dir=root)
-        self._stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        return directory
+        return owned_directory(Path(root), prefix="slime-weights-")
 
     def _write_settings(self) -> None:
         (self.run_dir / "args.yaml").write_text(yaml.safe_dump(settings_as_dict(self.args), sort_keys=False))
 
     @contextlib.contextmanager
     def _graceful_stop(self) -> Iterator[None]:
-        """On SIGTERM the loop ends after its current step; when that takes too long, the job does."""
+        """On SIGTERM the loop ends after its current step; when that takes too long, or none has begun, the job does."""
 
         def stop(*_: int | FrameType | None) -> None:
+            if not self.is_in_loop:
+                logger.warning("SIGTERM: nothing to save yet")
+                sys.exit(0)
             logger.warning("SIGTERM: saving at the next step boundary, within %g s", self.args.shutdown_grace_s)
             self.is_stopping = True
             signal.signal(signal.SIGALRM, _out_of_grace)
@@ -176,6 +182,7 @@ class Job:
 
     def rollout_ids(self) -> Iterator[int]:
         """The rollouts to run; writes each down when it has ended, and ends early after SIGTERM."""
+        self.is_in_loop = True
         for rollout_id in range(self.start_rollout_id, self.num_rollout):
             yield rollout_id
             self.journal.end_step(rollout_id)

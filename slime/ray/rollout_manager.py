@@ -55,8 +55,9 @@ class RolloutManager:
         self.data_source = load_function(args.data_source_path)(args)
         return len(self.data_source)
 
-    def use_router(self, host: str, port: int) -> None:
+    def use_router(self, address: tuple[str, int]) -> None:
         """The one runtime fact that plug-ins read from `args`: where the router is."""
+        host, port = address
         self.args = dataclasses.replace(self.args, sglang_router_ip=host, sglang_router_port=port)
 
     def generate(self, rollout_id: int, weight_version: int) -> RolloutResult:

@@ -16,10 +16,25 @@ from slime.utils.processes import OwnedProcess
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
+LIFE_SIGN_S = 5.0  # for one answer while a server starts
+EXTERNAL_DEADLINE_S = 10.0  # for a router that somebody else has started
+API_RETRY_S = 60.0  # for an answer of the router's own API: longer than its restart
+REGISTRATION_S = 60.0  # for the router to find a new engine healthy
 
 
 class ServerNotUp(RuntimeError):
     """A server did not come up within its deadline; the message ends with its log."""
+
+
+class PortTaken(ServerNotUp):
+    """It ended because another process has its port."""
+
+
+def not_up(name: str, code: int | None, timeout_s: float, log_tail: str) -> ServerNotUp:
+    """The error for a server that ended with `code`, or (None) did not answer within `timeout_s`."""
+    state = f"did not answer within {timeout_s:g} s" if code is None else f"ended with code {code}"
+    kind = PortTaken if code is not None and "address already in use" in log_tail.lower() else ServerNotUp
+    return kind(f"{name} {state}. Its log ends:\n{log_tail}")
 
 
 class Router:
@@ -47,26 +62,26 @@ class Router:
 
     async def wait_until_up(self) -> None:
         """Until /health answers. Raises ServerNotUp at the deadline, or when the process ends."""
-        deadline = time.monotonic() + self.args.engine_start_timeout_s
-        while not await self.is_up():
+        timeout_s = EXTERNAL_DEADLINE_S if self.is_external else self.args.engine_start_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while not await self.is_up(timeout_s=LIFE_SIGN_S):
             code = None if self.process is None else self.process.poll()
             if code is not None or time.monotonic() > deadline:
-                tail = "" if self.process is None else self.process.log_tail()
-                state = "did not answer in time" if code is None else f"ended with code {code}"
-                raise ServerNotUp(f"the router at {self.url} {state}. Its log ends:\n{tail}")
+                tail = "(--sglang-router-ip: not ours)" if self.process is None else self.process.log_tail()
+                raise not_up(f"the router at {self.url}", code, timeout_s, tail)
             await asyncio.sleep(POLL_S)
 
-    async def is_up(self) -> bool:
+    async def is_up(self, *, timeout_s: float | None = None) -> bool:
         """Whether it answers."""
         try:
-            await get(f"{self.url}/health", timeout_s=self.args.rollout_health_check_timeout)
+            await get(f"{self.url}/health", timeout_s=timeout_s or self.args.rollout_health_check_timeout)
         except HTTPError:
             return False
         return True
 
     async def workers(self) -> dict[str, dict[str, Any]]:
         """Registered engines by address."""
-        answer = await get(f"{self.url}/workers", timeout_s=30.0)
+        answer = await get(f"{self.url}/workers", timeout_s=30.0, retry_for_s=API_RETRY_S)
         return {worker["url"]: worker for worker in answer["workers"]}
 
     async def add(self, engine_url: str) -> None:
@@ -74,8 +89,8 @@ class Router:
         payload: dict[str, Any] = {"url": engine_url}
         if self.args.sglang_api_key is not None:
             payload["api_key"] = self.args.sglang_api_key
-        await post(f"{self.url}/workers", payload, timeout_s=30.0, retry_for_s=10.0)
-        deadline = time.monotonic() + self.args.engine_start_timeout_s
+        await post(f"{self.url}/workers", payload, timeout_s=30.0, retry_for_s=API_RETRY_S)
+        deadline = time.monotonic() + REGISTRATION_S
         while not (await self.workers()).get(engine_url, {}).get("is_healthy", False):
             if time.monotonic() > deadline:
                 raise ServerNotUp(f"the router at {self.url} does not accept the engine {engine_url}")

@@ -28,8 +28,8 @@ def generate_rollout(
 ) -> RolloutFnTrainOutput:
     """The next args.rollout_batch_size conversations as groups of scored samples, reward 0.
 
-    Raises ValueError, naming the sample, for a prompt that is no list of messages, a turn that cannot be masked exactly,
-    or a conversation with no token to train on.
+    Raises ValueError, naming the sample, for a prompt that is no list of messages, a turn that cannot be masked
+    exactly, or a conversation with no token to train on.
     """
     if evaluation:
         raise ValueError("slime.rollout.sft_rollout has no evaluation. Give an --eval-function-path that samples.")

@@ -20,7 +20,7 @@ from slime.rollout.eval_data import EvalSet, eval_groups, eval_sets
 from slime.rollout.rm_hub import RewardError, async_rm, batched_async_rm
 from slime.utils.async_utils import run
 from slime.utils.http_utils import HTTPError, post
-from slime.utils.misc import load_function
+from slime.utils.misc import load_function, rare_garbage_collection
 from slime.utils.processing_utils import load_tokenizer
 from slime.utils.types import Sample, SampleStatus
 
@@ -271,10 +271,11 @@ async def _run_groups(
         asyncio.create_task(generate_and_rm_group(args, group, params, evaluation, state=state)) for group in groups
     ]
     try:
-        for task in asyncio.as_completed(tasks):
-            await task
-            if state.num_failed > allowed:
-                raise RolloutFailed(_failure_message(groups, state.num_failed, args.max_failed_fraction))
+        with rare_garbage_collection():
+            for task in asyncio.as_completed(tasks):
+                await task
+                if state.num_failed > allowed:
+                    raise RolloutFailed(_failure_message(groups, state.num_failed, args.max_failed_fraction))
         return [task.result() for task in tasks]
     finally:
         for task in tasks:

@@ -25,10 +25,11 @@ def policy_loss(
     """
     assert batch.advantages is not None
     assert cfg.eps_clip_high is not None
-    log_probs_T = outputs.log_probs
-    old_T = log_probs_T.detach() if batch.old_log_probs is None else batch.old_log_probs
+    trained = partial(_trained, batch)
+    log_probs_T = trained(outputs.log_probs)
+    old_T = log_probs_T.detach() if batch.old_log_probs is None else trained(batch.old_log_probs)
     clipped = clipped_policy_loss(
-        log_probs_T, old_T, advantages_T=batch.advantages, eps_low=cfg.eps_clip, eps_high=cfg.eps_clip_high
+        log_probs_T, old_T, advantages_T=trained(batch.advantages), eps_low=cfg.eps_clip, eps_high=cfg.eps_clip_high
     )
     mean = partial(_share, batch.loss_weights)
     loss = pg_loss = mean(clipped.loss_T)
@@ -38,21 +39,21 @@ def policy_loss(
         "ppo_kl": mean(old_T - log_probs_T),
     }
     if outputs.entropy is not None:
-        entropy = mean(outputs.entropy)
-        loss = loss - cfg.entropy_coef * entropy
+        entropy = mean(trained(outputs.entropy))
+        loss = loss - cfg.entropy_coef * entropy if cfg.entropy_coef else loss
         metrics["entropy_loss"] = entropy
     if batch.ref_log_probs is not None:
-        kl_loss = mean(kl_estimate(log_probs_T, batch.ref_log_probs, cfg.kl_loss_type))
-        loss = loss + cfg.kl_loss_coef * kl_loss
+        kl_loss = mean(kl_estimate(log_probs_T, trained(batch.ref_log_probs), cfg.kl_loss_type))
+        loss = loss + cfg.kl_loss_coef * kl_loss if cfg.kl_loss_coef else loss
         metrics["kl_loss"] = kl_loss
     if batch.rollout_log_probs is not None:
-        metrics["train_rollout_logprob_abs_diff"] = mean((old_T - batch.rollout_log_probs).abs())
+        metrics["train_rollout_logprob_abs_diff"] = mean((old_T - trained(batch.rollout_log_probs)).abs())
     return LossOutput(loss, _detached(metrics | {"loss": loss}))
 
 
 def sft_loss(outputs: TokenOutputs, batch: PackedBatch, sequence_sum: SequenceSum) -> LossOutput:
     """Negative log-likelihood of the trained tokens."""
-    loss = _share(batch.loss_weights, -outputs.log_probs)
+    loss = _share(batch.loss_weights, -_trained(batch, outputs.log_probs))
     return LossOutput(loss, _detached({"loss": loss}))
 
 
@@ -62,9 +63,13 @@ def loss_for(cfg: AlgorithmConfig) -> LossFn:
     return losses[cfg.loss_type]
 
 
+def _trained(batch: PackedBatch, values_T: Tensor) -> Tensor:
+    """`values_T`, but 0 at masked tokens: whatever stood there cannot become NaN later on, nor in the gradient."""
+    return torch.where(batch.loss_weights != 0, values_T, 0.0)
+
+
 def _share(weights_T: Tensor, values_T: Tensor) -> Tensor:
-    """The weighted sum; a masked token adds nothing even where its value is not finite."""
-    return torch.where(weights_T != 0, weights_T * values_T, 0.0).sum()
+    return (weights_T * values_T).sum()
 
 
 def _detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:

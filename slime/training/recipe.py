@@ -125,7 +125,7 @@ class Recipe:
             assert micro_batch.ref_log_probs is not None
             kl_T = kl_estimate(micro_batch.old_log_probs, micro_batch.ref_log_probs, self.algorithm.kl_loss_type)
             rows_T = torch.tensor(micro_batch.rows)[micro_batch.sequence_ids]
-            kl_S.index_add_(0, rows_T, kl_T * micro_batch.loss_mask)
+            kl_S.index_add_(0, rows_T, torch.where(micro_batch.loss_mask != 0, kl_T, 0.0))
         return self.backend.sum_over_data_ranks(kl_S)
 
     def _step(self, rollout_id: int, index: int, batch: TrainBatch, step: list[PackedBatch]) -> StepMetrics:
@@ -137,8 +137,8 @@ class Recipe:
             logger.warning("rollout %d step %d skipped: loss or gradient not finite; %s", rollout_id, index, dump)
             if self.num_skipped > self.optimizer.max_skipped_steps:
                 raise TrainingDiverged(
-                    f"{self.num_skipped} optimizer steps had a loss or gradient that was not finite (--max-skipped-steps "
-                    f"{self.optimizer.max_skipped_steps}). The samples of the last are in {dump}."
+                    f"{self.num_skipped} optimizer steps had a loss or gradient that was not finite "
+                    f"(--max-skipped-steps {self.optimizer.max_skipped_steps}). The samples of the last are in {dump}."
                 )
         return result
 

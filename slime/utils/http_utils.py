@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import socket
 import time
@@ -115,7 +116,14 @@ def _session() -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
         session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
         _sessions[loop] = session
+        atexit.register(_close_at_exit, loop)
     return session
+
+
+def _close_at_exit(loop: asyncio.AbstractEventLoop) -> None:
+    """Close the client of a loop that still runs, in its own thread, when the process ends."""
+    if loop.is_running():
+        asyncio.run_coroutine_threadsafe(close(), loop).result(timeout=2.0)
 
 
 async def close() -> None:

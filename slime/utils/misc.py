@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -23,6 +26,21 @@ def load_function(path: str) -> Any:
     if not hasattr(module, attribute):
         raise ValueError(f"plug-in {path!r}: module {module_name!r} has no attribute {attribute!r}")
     return getattr(module, attribute)
+
+
+@contextlib.contextmanager
+def rare_garbage_collection(threshold: int = 200_000) -> Iterator[None]:
+    """Look for cycles once in `threshold` new objects while the block runs.
+
+    Thousands of samples in flight are live objects that hold none; the usual threshold of 700 has the collector walk
+    them over and over.
+    """
+    previous = gc.get_threshold()
+    gc.set_threshold(threshold, *previous[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*previous)
 
 
 def is_due(rollout_id: int, interval: int | None, num_rollout: int | None = None) -> bool:

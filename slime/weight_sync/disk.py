@@ -11,16 +11,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slime.engine.client import EngineClient
+from slime.utils.files import fsync_tree
 
 SHARD_BYTES = 4 * 2**30
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", "*.gguf", "*.msgpack", "*.h5")
 
 
-def write_hf_directory(tensors: Iterable[tuple[str, Tensor]], directory: Path, *, assets: str, is_writer: bool) -> None:
+def write_hf_directory(
+    tensors: Iterable[tuple[str, Tensor]], directory: Path, *, assets: str, is_writer: bool, is_durable: bool = False
+) -> None:
     """Write a directory that `transformers` loads; complete or absent.
 
     tensors: full tensors under Hugging Face names; every rank iterates to the end, since gathering is a collective.
     assets: Hugging Face directory whose config and tokenizer files are copied. is_writer: this rank writes.
+    is_durable: force it to the disk before it gets its name.
     """
     if not is_writer:
         for _ in tensors:
@@ -32,6 +36,8 @@ def write_hf_directory(tensors: Iterable[tuple[str, Tensor]], directory: Path, *
     try:
         _write_shards(tensors, temporary)
         copy_assets(Path(assets), temporary)
+        if is_durable:
+            fsync_tree(temporary)
         shutil.rmtree(directory, ignore_errors=True)
         temporary.rename(directory)
     finally:

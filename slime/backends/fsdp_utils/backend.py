@@ -17,7 +17,14 @@ from slime.backends.fsdp_utils import checkpoint
 from slime.backends.fsdp_utils.arguments import FSDPConfig
 from slime.backends.fsdp_utils.hf_names import hf_named_tensors
 from slime.backends.fsdp_utils.lr_schedule import learning_rate
-from slime.backends.fsdp_utils.model import Precision, TokenModel, checkpoint_dtype, load_causal_lm, shard
+from slime.backends.fsdp_utils.model import (
+    Precision,
+    TokenModel,
+    checkpoint_dtype,
+    enable_gradient_checkpointing,
+    load_causal_lm,
+    shard,
+)
 from slime.config.run import RunConfig
 from slime.data.packed import PackedBatch
 from slime.training.backend import (
@@ -54,17 +61,26 @@ class FSDPBackend:
     def load(self) -> int:
         torch.manual_seed(self.run.seed)
         source = checkpoint.find_checkpoint(self.run.load, self.run.ckpt_step)
+        reference = self._reference_checkpoint()
         actor = self._build(self._weights_directory(), train=True)
         self.models["actor"] = actor
         self.optimizer = _adamw(actor, self.run)
         first = 0
         if source is not None:
             first = self._restore(source)
-        elif self.run.load is not None and not _is_hf_directory(self.run.load):
-            logger.info("--load %s holds no checkpoint: starting from %s", self.run.load, self._weights_directory())
+        elif self.run.load is None or not _is_hf_directory(self.run.load):
+            self._start_anew(reference)
         if self.run.needs_reference:
             self.models["ref"] = self._build_reference()
         return first
+
+    def _start_anew(self, reference: Path | None) -> None:
+        """First weights from the reference's checkpoint; those of a Hugging Face directory are loaded already."""
+        if reference is not None:
+            checkpoint.load_model(reference, self.models["actor"])
+        if self.run.load is not None:
+            start = reference or self._weights_directory()
+            logger.info("--load %s holds no checkpoint: starting from %s", self.run.load, start)
 
     def _weights_directory(self) -> str:
         """The Hugging Face directory of the first weights."""
@@ -75,19 +91,28 @@ class FSDPBackend:
 
     def _build(self, directory: str, *, train: bool) -> TokenModel:
         lm = load_causal_lm(directory, attn_implementation=self.fsdp.attn_implementation)
-        if train and self.fsdp.gradient_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.eval()  # no dropout: the policy that is trained must be the one that was sampled
         model = TokenModel(lm, temperature=self.run.rollout_temperature, chunk_size=self.run.log_probs_chunk_size).to(
             self.device
         )
-        model.train(train).requires_grad_(train)
+        if train and self.fsdp.gradient_checkpointing:
+            enable_gradient_checkpointing(lm)
+        model.requires_grad_(train)
         return shard(model, self.mesh, Precision.choose(self.fsdp.bf16, self.device))
 
+    def _reference_checkpoint(self) -> Path | None:
+        """The checkpoint that --ref-load names; None where it names a Hugging Face directory, or is not given."""
+        root = self.run.ref_load
+        if root is None or _is_hf_directory(root):
+            return None
+        source = checkpoint.find_checkpoint(root, self.run.ref_ckpt_step)
+        if source is None:
+            raise checkpoint.CheckpointError(f"--ref-load {root} holds neither a model nor a checkpoint")
+        return source
+
     def _build_reference(self) -> TokenModel:
-        source = checkpoint.find_checkpoint(self.run.ref_load, self.run.ref_ckpt_step)
-        is_hf = self.run.ref_load is not None and _is_hf_directory(self.run.ref_load)
-        if self.run.ref_load is not None and source is None and not is_hf:
-            raise checkpoint.CheckpointError(f"--ref-load {self.run.ref_load} holds neither a model nor a checkpoint")
+        source = self._reference_checkpoint()
+        is_hf = self.run.ref_load is not None and source is None
         model = self._build(self.run.ref_load if is_hf else self.run.hf_checkpoint, train=False)  # type: ignore[arg-type]
         if source is not None:
             checkpoint.load_model(source, model)
@@ -115,7 +140,11 @@ class FSDPBackend:
         if self.run.save_hf is not None:
             directory = Path(self.run.save_hf.format(rollout_id=rollout_id))
             write_hf_directory(
-                self.hf_tensors(), directory, assets=self.run.hf_checkpoint, is_writer=self.layout.is_reporter
+                self.hf_tensors(),
+                directory,
+                assets=self.run.hf_checkpoint,
+                is_writer=self.layout.is_reporter,
+                is_durable=True,
             )
         checkpoint.save(self.run.save, meta, self.models["actor"], optimizer)
 
@@ -148,12 +177,12 @@ class FSDPBackend:
         lr = learning_rate(self.num_steps, self.run, self._total_steps())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad()
         metrics = self._sum_metrics([self._backward(actor, batch, loss, entropy) for batch in batches])
         grad_norm = self._clip_gradients(actor)
         is_finite = all(torch.isfinite(torch.tensor([grad_norm, metrics["loss"]])))
         if is_finite:
             self.optimizer.step()
+        self.optimizer.zero_grad()  # gradients take no memory between steps
         self.num_steps += 1
         return StepMetrics(metrics, grad_norm, lr, skipped=not is_finite)
 

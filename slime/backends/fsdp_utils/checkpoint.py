@@ -103,12 +103,15 @@ def load_model(folder: Path, model: nn.Module) -> None:
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Read the optimizer's state; its learning rate is the schedule's business."""
+    """Read the optimizer's moments and step counts; learning rate, decay and betas stay as the settings say."""
     if not (folder / "optimizer").is_dir():
         raise CheckpointError(f"{folder} was saved without its optimizer: pass --no-load-optim to start with a new one")
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.load(state, checkpoint_id=folder / "optimizer")
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
 
 
 def load_rng(folder: Path) -> None:
@@ -122,7 +125,7 @@ def read_meta(folder: Path) -> Meta:
 
 
 def _check_fits(folder: Path, state: dict[str, Any]) -> None:
-    """Raise CheckpointError, naming the first tensor that is missing or has another shape."""
+    """Raise CheckpointError, naming the first tensor that is missing, left over or of another shape."""
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     for name, tensor in state.items():
         entry = saved.get(f"model.{name}")
@@ -132,3 +135,5 @@ def _check_fits(folder: Path, state: dict[str, Any]) -> None:
             raise CheckpointError(
                 f"{folder}: tensor {name} has shape {tuple(entry.size)}, the model wants {tuple(tensor.shape)}"
             )
+    if left_over := sorted(saved.keys() - {f"model.{name}" for name in state}):
+        raise CheckpointError(f"{folder}: the model has no tensor {left_over[0].removeprefix('model.')}")

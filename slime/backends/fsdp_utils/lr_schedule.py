@@ -17,10 +17,10 @@ def learning_rate(step: int, cfg: OptimizerConfig, total_steps: int) -> float:
         return cfg.lr_warmup_init + (cfg.lr - cfg.lr_warmup_init) * (step + 1) / warmup_steps
     if cfg.lr_decay_style == "constant":
         return cfg.lr
-    if cfg.lr_decay_style == "inverse-square-root":
-        return max(cfg.min_lr, cfg.lr * math.sqrt(max(warmup_steps, 1) / max(step, 1)))
     if step >= decay_steps:
         return cfg.min_lr
+    if cfg.lr_decay_style == "inverse-square-root":
+        return max(cfg.min_lr, cfg.lr * math.sqrt(max(warmup_steps, 1) / max(step, 1)))
     if cfg.lr_decay_style == "WSD":
         return cfg.min_lr + _wsd_factor(step, cfg, decay_steps) * (cfg.lr - cfg.min_lr)
     progress = (step - warmup_steps) / max(1, decay_steps - warmup_steps)

@@ -135,6 +135,13 @@ def shard(model: TokenModel, mesh: DeviceMesh, precision: Precision) -> TokenMod
     return cast(TokenModel, fully_shard(model, mesh=mesh, mp_policy=policy))
 
 
+def enable_gradient_checkpointing(lm: PreTrainedModel) -> None:
+    """Recompute each layer in the backward. transformers does so only where the layer itself is in training mode."""
+    lm.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in decoder_layers(lm):
+        layer.training = True
+
+
 def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks of the decoder: what transformers itself never splits."""
     names = set(lm._no_split_modules or [])

@@ -30,7 +30,7 @@ class KVCache:
         self._shape = (num_layers, 2, num_heads, self.num_pages, PAGE_SIZE, head_dim)
         self._dtype, self._device = dtype, device
         self._pool: Tensor | None = None
-        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._layers: tuple[Tensor, ...] = ()
         self._references = np.zeros(self.num_pages, dtype=np.int32)
         self._free = list(range(self.num_pages - 1, DUMMY_PAGE, -1))
         self._highest_used = 0
@@ -59,16 +59,16 @@ class KVCache:
     def allocate_memory(self) -> None:
         """Makes the pool's tensors, zeroed: a stale NaN in padding would poison what attends to it with weight 0."""
         self._pool = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
-        self._layers = [(layer[0], layer[1]) for layer in self._pool]
+        self._layers = self._pool.unbind(0)
         self._highest_used = 0
 
     def release_memory(self) -> None:
         """Frees the pool's tensors; only when no page is in use."""
         assert self.num_free_pages == self.num_pages - 1, f"{self.num_pages - 1 - self.num_free_pages} pages still in use"
-        self._pool, self._layers = None, []
+        self._pool, self._layers = None, ()
 
-    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The pool of one layer: keys and values, each [H, N, P, D]."""
+    def layer(self, layer: int) -> Tensor:
+        """The keys and values of one layer, [2, H, N, P, D]."""
         return self._layers[layer]
 
     def allocate(self, count: int) -> list[int]:
@@ -93,10 +93,10 @@ class KVCache:
             if self._references[page] == 0:
                 self._free.append(page)
 
-    def copy_page(self, source: int, target: int) -> None:
-        """Copies the keys and values of all layers of one page."""
-        assert self._pool is not None
-        self._pool[:, :, :, target] = self._pool[:, :, :, source]
+    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
+        """Copies the keys and values of pages, in all layers."""
+        for layer in self._layers:
+            layer[:, :, targets] = layer[:, :, sources]
 
     def clear(self) -> None:
         """Zeroes what was ever written, so that a NaN of broken weights does not outlive them."""

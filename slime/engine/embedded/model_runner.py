@@ -1,6 +1,6 @@
 """The model: loaded from a Hugging Face folder, run over packed tokens with our attention and cache.
 
-Legend: T tokens of a forward pass, R rows of logits, V vocabulary.
+Legend: R rows of logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from slime.engine.embedded.args import ServerArgs
-from slime.engine.embedded.attention import PagedAttention, Segment, make_plan
+from slime.engine.embedded.attention import MIN_ROWS, PagedAttention
 from slime.engine.embedded.kv_cache import PAGE_SIZE, KVCache
+from slime.engine.embedded.plan import Batch, make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -58,18 +59,20 @@ class ModelRunner:
         self.check_attention()
 
     @torch.inference_mode()
-    def forward(self, tokens: list[int], positions: list[int], segments: list[Segment], rows: list[int]) -> Tensor:
-        """Runs the segments' tokens (lists of T) and returns float32 logits [R, V] of the tokens numbered by `rows`."""
-        padding = -len(tokens) % ROW_MULTIPLE
-        row_padding = -len(rows) % ROW_MULTIPLE
-        self._attention.plan = make_plan(
-            segments, len(tokens) + padding, num_query_heads=self._num_query_heads, device=self.device
+    def forward(self, batch: Batch, rows: list[int]) -> Tensor:
+        """Runs a batch and returns float32 logits [R, V] of the tokens of the pass numbered by `rows`."""
+        plan = make_plan(
+            batch,
+            row_multiple=ROW_MULTIPLE,
+            num_query_heads=self._num_query_heads,
+            min_rows=MIN_ROWS,
+            device=self.device,
         )
-        input_ids = torch.tensor([tokens + [0] * padding], device=self.device)
-        position_ids = torch.tensor([positions + [0] * padding], device=self.device)
-        kept = torch.tensor(rows + [0] * row_padding, device=self.device)
+        self._attention.plan = plan
+        input_ids = torch.tensor([batch.tokens + [0] * (len(plan.positions) - plan.num_tokens)], device=self.device)
+        kept = torch.tensor(rows + [0] * (-len(rows) % ROW_MULTIPLE), device=self.device)
         options: dict[str, Any] = {"logits_to_keep": kept} if self._takes_rows else {}
-        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options).logits[0]
+        logits = self.model(input_ids=input_ids, position_ids=plan.positions[None], use_cache=False, **options).logits[0]
         if not self._takes_rows:
             logits = logits[kept]
         return logits[: len(rows)].float()
@@ -87,9 +90,8 @@ class ModelRunner:
         pages = self.cache.allocate(1)
         parts = []
         for start, end in ((0, 6), (6, 10), (10, 11)):
-            segment = Segment(0, end - start, start, pages)
-            positions = list(range(start, end))
-            parts.append(self.forward(tokens[start:end], positions, [segment], list(range(end - start))))
+            batch = Batch(tokens[start:end], np.array([0]), np.array([start]), np.array([end]), np.array([pages]))
+            parts.append(self.forward(batch, list(range(end - start))))
         self.cache.free(pages)
         gap = (torch.cat(parts).log_softmax(-1) - reference.log_softmax(-1)).abs().mean().item()
         limit = 1e-3 if self.dtype == torch.float32 else 0.1

@@ -51,6 +51,7 @@ class SamplingTable:
         self.top_k = np.zeros(num_rows, dtype=np.int64)
         self.min_p = np.zeros(num_rows, dtype=np.float32)
         self.seed = np.zeros(num_rows, dtype=np.uint64)
+        self.min_new_tokens = np.zeros(num_rows, dtype=np.int64)
         self.is_greedy = np.zeros(num_rows, dtype=bool)
         self.is_cut = np.zeros(num_rows, dtype=bool)
 
@@ -59,6 +60,7 @@ class SamplingTable:
         greedy = params.is_greedy
         self.temperature[row] = 1.0 if params.temperature < 1e-6 else params.temperature
         self.top_p[row], self.top_k[row], self.min_p[row] = params.top_p, params.top_k, params.min_p
+        self.min_new_tokens[row] = params.min_new_tokens
         self.seed[row] = seed & 0xFFFFFFFFFFFFFFFF
         self.is_greedy[row] = greedy
         self.is_cut[row] = not greedy and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)

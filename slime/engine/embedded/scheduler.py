@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slime.engine.embedded.attention import Segment, round_up_length
 from slime.engine.embedded.kv_cache import PAGE_SIZE, OutOfPages
 from slime.engine.embedded.logprobs import InputLogProbs
 from slime.engine.embedded.model_runner import ModelRunner
+from slime.engine.embedded.plan import Batch
 from slime.engine.embedded.prefix_cache import PrefixCache, common_length
 from slime.engine.embedded.request import Request, TokenLogProb
 from slime.engine.embedded.sampling import Drawn, SamplingTable, sample
@@ -66,6 +66,9 @@ class Scheduler:
         self._max_logit_rows = max(16, MAX_LOGITS // runner.vocab_size)
         self._max_running = max_running
         self._free_rows = list(range(max_running))
+        longest = min(runner.context_length, runner.cache.num_tokens)
+        self._page_table = np.zeros((max_running, -(-longest // PAGE_SIZE) + 1), dtype=np.int64)
+        self._copies: list[tuple[int, int]] = []
         self._table = SamplingTable(max_running)
         self._news: list[Request] = []
 
@@ -97,6 +100,7 @@ class Scheduler:
     def step(self) -> None:
         """Admits what fits, computes one pass, draws tokens."""
         self._admit()
+        self._copy_borders()
         work = self._plan_work()
         if not work:
             return
@@ -195,17 +199,30 @@ class Scheduler:
             return False
         own = self._cache.allocate(wanted)
         if length % PAGE_SIZE:
-            self._cache.copy_page(pages[-1], own[0])
-            self._cache.free([pages.pop()])
-        request.pages, request.num_computed = pages + own, length
+            self._copies.append((pages.pop(), own[0]))
+        request.num_computed = length
         if request.cached_tokens is None:
             request.cached_tokens = length
             self.counters.cached_tokens += length
             self.counters.prompt_tokens += request.prompt_length
         request.row = self._free_rows.pop()
         self._table.set_row(request.row, request.params, request.seed)
+        self._add_pages(request, pages + own)
         self.running.append(request)
         return True
+
+    def _add_pages(self, request: Request, pages: list[int]) -> None:
+        count = len(request.pages)
+        self._page_table[request.row, count : count + len(pages)] = pages
+        request.pages += pages
+
+    def _copy_borders(self) -> None:
+        """Copies the half-filled pages that admitted requests continue, all at once."""
+        if self._copies:
+            sources, targets = map(list, zip(*self._copies, strict=True))
+            self._cache.copy_pages(sources, targets)
+            self._cache.free(sources)
+            self._copies.clear()
 
     def _make_room(self, num_pages: int) -> bool:
         if self._cache.num_free_pages < num_pages:
@@ -237,7 +254,7 @@ class Scheduler:
         wanted = -(-length // PAGE_SIZE) - len(request.pages)
         while wanted > 0:
             if self._make_room(wanted):
-                request.pages += self._cache.allocate(wanted)
+                self._add_pages(request, self._cache.allocate(wanted))
                 return True
             if len(self.running) == 1:
                 raise OutOfPages(f"request {request.rid} alone needs more than the {self._cache.num_tokens} tokens of the cache")
@@ -267,29 +284,31 @@ class Scheduler:
         """Runs the pass. Its logits are first the rows that `prompts` asks for, then one row for each of `draws`."""
         work.sort(key=_pass_order)
         tokens: list[int] = []
-        positions: list[int] = []
-        segments: list[Segment] = []
         draw_rows: list[int] = []
         for item in work:
             request, first = item.request, len(tokens)
-            segments.append(Segment(first, item.end - item.start, item.start, request.pages))
-            tokens += request.tokens[item.start : item.end]
-            positions += range(item.start, item.end)
-            prompts.ask(request, item.start, item.end, first)
+            if item.end - item.start == 1:
+                tokens.append(request.tokens[item.start])
+            else:
+                tokens += request.tokens[item.start : item.end]
+            if request.return_logprob:
+                prompts.ask(request, item.start, item.end, first)
             if item.end == len(request.tokens):
                 draws.append(item)
                 draw_rows.append(len(tokens) - 1)
-        return self.runner.forward(tokens, positions, segments, prompts.rows + draw_rows)
+        fields = np.array([(item.request.row, item.start, item.end) for item in work])
+        batch = Batch(tokens, fields[:, 0], fields[:, 1], fields[:, 2], self._page_table)
+        return self.runner.forward(batch, prompts.rows + draw_rows)
 
     # after a pass
 
     def _draw(self, requests: list[Request], logits: Tensor) -> None:
         """Draws a token for each request from its row of logits, and ends those that are done."""
-        for row, request in enumerate(requests):
-            if request.num_output < request.params.min_new_tokens and request.stop_tokens:
-                logits[row, list(request.stop_tokens)] = float("-inf")
-        rows = np.fromiter((request.row for request in requests), dtype=np.int64, count=len(requests))
-        counters = np.fromiter((request.num_output for request in requests), dtype=np.int64, count=len(requests))
+        fields = np.array([(request.row, len(request.tokens) - request.prompt_length) for request in requests])
+        rows, counters = fields[:, 0], fields[:, 1]
+        for place in np.flatnonzero(counters < self._table.min_new_tokens[rows]):
+            if requests[place].stop_tokens:
+                logits[place, list(requests[place].stop_tokens)] = float("-inf")
         num_top = max(request.top_logprobs_num for request in requests)
         drawn = sample(logits, self._table, rows, counters, num_top=num_top)
         for index, request in enumerate(requests):
@@ -352,9 +371,8 @@ class Scheduler:
 
 
 def _pass_order(item: Work) -> tuple[int, int]:
-    """Single tokens first, by pages: their attention blocks are then slices of the pass."""
-    pages = round_up_length(-(-item.end // PAGE_SIZE))
-    return (0, pages) if item.end - item.start == 1 else (1, pages)
+    """Single tokens first, by length: their attention blocks are then slices of the pass."""
+    return int(item.end - item.start > 1), item.end
 
 
 def top_entries(drawn: Drawn, index: int, count: int) -> list[TokenLogProb]:

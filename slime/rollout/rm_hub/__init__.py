@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 from slime.rollout.rm_hub.answers import extract_boxed
-from slime.rollout.rm_hub.dapo import dapo
+from slime.rollout.rm_hub.coin import random_reward
+from slime.rollout.rm_hub.dapo import dapo_reward
 from slime.rollout.rm_hub.deadline import call_with_deadline
 from slime.rollout.rm_hub.errors import Reward, RewardError, checked_reward
-from slime.rollout.rm_hub.exact_match import exact_match
-from slime.rollout.rm_hub.math_rule import math_rule
-from slime.rollout.rm_hub.random_reward import random_reward
+from slime.rollout.rm_hub.exact_match import exact_match_reward
+from slime.rollout.rm_hub.math_rule import math_reward
 from slime.rollout.rm_hub.remote import remote_rm
 from slime.utils.misc import load_function
 from slime.utils.types import Sample
@@ -26,9 +26,9 @@ from slime.utils.types import Sample
 __all__ = ["RULES", "Reward", "RewardError", "async_rm", "batched_async_rm", "check_rm_type"]
 
 RULES: dict[str, Callable[[Any, Sample], Any]] = {
-    "dapo": dapo,
-    "exact_match": exact_match,
-    "math": math_rule,
+    "dapo": dapo_reward,
+    "exact_match": exact_match_reward,
+    "math": math_reward,
     "random": random_reward,
     "remote_rm": remote_rm,
 }

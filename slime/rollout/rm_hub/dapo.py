@@ -39,7 +39,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
-def dapo(args: Any, sample: Sample) -> dict[str, Any]:
+def dapo_reward(args: Any, sample: Sample) -> dict[str, Any]:
     """{"score": 1.0 or -1.0, "acc": whether it is right, "pred": the answer as compared, "" where there is none}."""
     pred = final_answer(sample.response)
     is_right = pred != "" and pred == normalize(required_label("dapo", sample))

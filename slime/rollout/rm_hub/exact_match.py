@@ -8,5 +8,5 @@ from slime.rollout.rm_hub.errors import required_label
 from slime.utils.types import Sample
 
 
-def exact_match(args: Any, sample: Sample) -> float:
+def exact_match_reward(args: Any, sample: Sample) -> float:
     return float(sample.response.strip() == required_label("exact_match", sample).strip())

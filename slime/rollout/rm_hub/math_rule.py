@@ -36,7 +36,7 @@ _TAIL_CHARS = 4096  # of a response without \boxed{}: its end holds the answer
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-async def math_rule(args: Any, sample: Sample) -> float:
+async def math_reward(args: Any, sample: Sample) -> float:
     label = required_label("math", sample)
     label = extract_boxed(label) or label.strip().strip("$").strip()
     answer = extract_boxed(sample.response)

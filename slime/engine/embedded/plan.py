@@ -1,0 +1,199 @@
+"""One forward pass laid out: which tokens it holds, where their keys and values go, and in which rectangles they attend.
+
+Legend: T tokens of the pass, B sequences in it, P page size; a *block* is a rectangle of S sequences with Q query tokens each over
+K cached tokens, a multiple of P.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slime.engine.embedded.kv_cache import DUMMY_PAGE, PAGE_SIZE
+
+MAX_SCORES = 1 << 24
+"""Attention scores of one block at most (64 MiB in float32)."""
+
+BLOCK_OVERHEAD = 80
+"""What one more block costs in a forward pass, in pages read (measured with a tiny model)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sequences of a pass. Sequence b computes its tokens starts[b] to ends[b]; page_table[rows[b]] names its pages.
+
+    tokens: of all sequences, one after the other [T]. Sequences with one new token come first, sorted by number of pages.
+    """
+
+    tokens: list[int]
+    rows: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    page_table: np.ndarray
+
+
+@dataclass(slots=True)
+class Block:
+    """A rectangle of queries and keys.
+
+    tokens: a slice of the pass's tokens where the block is one without padding, else the token of each query [S * Q], and the
+    number of tokens for padding. pages: [S * K / P]; positions: of the queries [S, Q].
+    """
+
+    num_sequences: int
+    num_queries: int
+    num_keys: int
+    tokens: slice | Tensor
+    pages: Tensor
+    positions: Tensor
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def bias(self, window: int | None) -> Tensor:
+        """What is added to scores, float32 [S, Q, 1, K]: 0 where a query sees a key, else minus infinity.
+
+        A query sees itself and what is before it, at most `window` tokens in all where one is given.
+        """
+        bias = self._masks.get(window)
+        if bias is None:
+            keys = torch.arange(self.num_keys, device=self.positions.device)
+            hidden = keys > self.positions[:, :, None, None]
+            if window is not None:
+                hidden |= keys <= self.positions[:, :, None, None] - window
+            bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -math.inf)
+            self._masks[window] = bias
+        return bias
+
+
+@dataclass(slots=True)
+class Plan:
+    """A pass of `num_tokens` tokens, padded to T. positions, slots (where keys and values are written): [T]."""
+
+    num_tokens: int
+    positions: Tensor
+    slots: Tensor
+    blocks: list[Block]
+
+
+def make_plan(batch: Batch, *, row_multiple: int, num_query_heads: int, min_rows: int, device: torch.device) -> Plan:
+    """The plan of a pass over a batch, padded to a multiple of tokens.
+
+    num_query_heads: bounds the memory of scores. min_rows: queries that a prefill block has at least.
+    """
+    lengths = batch.ends - batch.starts
+    firsts = np.cumsum(lengths) - lengths
+    num_tokens = len(batch.tokens)
+    padded = num_tokens + -num_tokens % row_multiple
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.zeros(padded, dtype=np.int64)
+    positions[:num_tokens] = np.arange(num_tokens) - firsts[sequence] + batch.starts[sequence]
+    slots = np.full(padded, DUMMY_PAGE * PAGE_SIZE, dtype=np.int64)
+    place = positions[:num_tokens]
+    slots[:num_tokens] = batch.page_table[batch.rows[sequence], place // PAGE_SIZE] * PAGE_SIZE + place % PAGE_SIZE
+    num_decodes = int(np.searchsorted(lengths > 1, True))
+    num_pages = -(-batch.ends // PAGE_SIZE)
+    to_device = _ToDevice(device)
+    blocks = []
+    for start, end in decode_ranges(num_pages[:num_decodes].tolist()):
+        pages = batch.page_table[batch.rows[start:end], : num_pages[end - 1]]
+        blocks.append(_block(slice(start, end), pages, batch.starts[start:end, None], to_device))
+    for group in _prefill_groups(firsts, batch, num_decodes, num_query_heads):
+        blocks.append(_prefill_block(group, batch, padded, min_rows, to_device))
+    return Plan(num_tokens, to_device(positions), to_device(slots), blocks)
+
+
+class _ToDevice:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def round_up_length(length: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: lengths are padded to few sizes, by a third at most."""
+    if length <= 4:
+        return length
+    power = 1 << (length - 1).bit_length()
+    return power * 3 // 4 if length <= power * 3 // 4 else power
+
+
+def decode_ranges(num_pages: list[int]) -> list[tuple[int, int]]:
+    """Cuts sequences, sorted by their number of pages, into ranges: the fewest pages read, plus BLOCK_OVERHEAD a range.
+
+    A dynamic programme over the distinct numbers of pages, of which long ones are taken together.
+    """
+    ends: list[tuple[int, int]] = []
+    for index, pages in enumerate(num_pages):
+        size = round_up_length(pages)
+        if ends and ends[-1][1] == size:
+            ends[-1] = (index + 1, size)
+        else:
+            ends.append((index + 1, size))
+    starts = [0] + [end for end, _ in ends]
+    best: list[tuple[int, int]] = [(0, 0)]
+    for last, (end, size) in enumerate(ends):
+        costs = [(best[first][0] + BLOCK_OVERHEAD + (end - starts[first]) * size, first) for first in range(last + 1)]
+        best.append(min(costs))
+    ranges, last = [], len(ends)
+    while last > 0:
+        first = best[last][1]
+        ranges.append((starts[first], starts[last]))
+        last = first
+    return ranges[::-1]
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Tokens [first, first + length) of the pass, at `position` of the sequence with page-table row `row`."""
+
+    first: int
+    length: int
+    position: int
+    row: int
+
+    @property
+    def num_pages(self) -> int:
+        return -(-(self.position + self.length) // PAGE_SIZE)
+
+
+def _prefill_groups(firsts: np.ndarray, batch: Batch, num_decodes: int, num_query_heads: int) -> list[list[_Chunk]]:
+    """Groups of chunks of like length and like number of pages, whose scores fit MAX_SCORES; long ones are cut."""
+    groups: dict[tuple[int, int], list[_Chunk]] = {}
+    for index in range(num_decodes, len(firsts)):
+        first, start, end, row = (int(array[index]) for array in (firsts, batch.starts, batch.ends, batch.rows))
+        step = max(1, MAX_SCORES // (-(-end // PAGE_SIZE) * PAGE_SIZE * num_query_heads))
+        for position in range(start, end, step):
+            chunk = _Chunk(first + position - start, min(step, end - position), position, row)
+            groups.setdefault((round_up_length(chunk.length), round_up_length(chunk.num_pages)), []).append(chunk)
+    limited = []
+    for (num_queries, num_pages), group in groups.items():
+        count = max(1, MAX_SCORES // (num_queries * num_pages * PAGE_SIZE * num_query_heads))
+        limited += [group[start : start + count] for start in range(0, len(group), count)]
+    return limited
+
+
+def _prefill_block(group: list[_Chunk], batch: Batch, padding_token: int, min_rows: int, to_device: _ToDevice) -> Block:
+    num_pages = max(chunk.num_pages for chunk in group)
+    num_queries = max(min_rows, round_up_length(max(chunk.length for chunk in group)))
+    fields = np.array([(chunk.first, chunk.length, chunk.position, chunk.row) for chunk in group])
+    first, length, position, row = (fields[:, column, None] for column in range(4))
+    offset = np.arange(num_queries)[None]
+    tokens = np.where(offset < length, first + offset, padding_token)
+    positions = position + np.minimum(offset, length - 1)
+    return _block(to_device(tokens.reshape(-1)), batch.page_table[row[:, 0], :num_pages], positions, to_device)
+
+
+def _block(tokens: slice | Tensor, pages: np.ndarray, positions: np.ndarray, to_device: _ToDevice) -> Block:
+    num_sequences, num_pages = pages.shape
+    return Block(
+        num_sequences,
+        positions.shape[1],
+        num_pages * PAGE_SIZE,
+        tokens,
+        to_device(pages.reshape(-1)),
+        to_device(positions),
+    )
