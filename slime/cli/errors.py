@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+# Builtin errors that are raised with a sentence for the user; of RuntimeError only slime's own subclasses are.
+_EXPECTED = (ValueError, OSError)
+
 
 @dataclass
 class Outcome:
@@ -36,24 +39,39 @@ def _report(error: Exception, log_dir: Path | None) -> int:
 
     cause = _root_cause(error)
     if isinstance(cause, ConfigError):
-        print(f"error: {cause}", file=sys.stderr)
+        print(f"error: {' '.join(str(cause).split())}", file=sys.stderr)
         return 2
     text = "".join(traceback.format_exception(error))
-    is_expected = isinstance(cause, (ValueError, OSError, RuntimeError)) and type(cause).__module__ != "builtins"
-    is_expected = is_expected or type(cause) in (ValueError, OSError, FileNotFoundError, PermissionError)
-    if not is_expected:
-        print(text, file=sys.stderr)
     where = ""
-    if log_dir is not None and log_dir.is_dir():
-        path = log_dir / "error.log"
-        path.write_text(text)
-        where = f"\n(full traceback: {path})" if is_expected else ""
-    print(f"error: {type(cause).__name__}: {cause}{where}", file=sys.stderr)
+    if not _is_expected(cause):
+        print(text, file=sys.stderr)
+        where = f" ({type(cause).__name__})"
+    print(f"error: {cause}{where}{_kept(text, log_dir)}", file=sys.stderr)
     return 1
+
+
+def _is_expected(cause: BaseException) -> bool:
+    kind = type(cause)
+    is_ours = kind.__module__.split(".")[0] == "slime" and isinstance(cause, (ValueError, OSError, RuntimeError))
+    return is_ours or (kind.__module__ == "builtins" and issubclass(kind, _EXPECTED))
+
+
+def _kept(text: str, log_dir: Path | None) -> str:
+    """Write the traceback into the run directory, if there is one and it takes it; where it is, for the message."""
+    if log_dir is None or not log_dir.is_dir():
+        return ""
+    path = log_dir / "error.log"
+    try:
+        path.write_text(text)
+    except OSError as error:
+        return f"\n(the traceback could not be written: {error})"
+    return f"\n(traceback: {path})"
 
 
 def _root_cause(error: BaseException) -> BaseException:
     """What an actor raised, without what Ray wraps around it."""
+    if "ray" not in sys.modules:
+        return error
     import ray
 
     while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):

@@ -1,15 +1,15 @@
 """The quickstart's task, reward and tiny model: adding two numbers of two digits.
 
 A prompt is "57+68=" and its answer "521": the digits of 125 from the units up, the order in which one adds on paper,
-so that each digit follows from the operands and the digits already written.
+so that each digit follows from the operands and the digits before it. An answer is right or wrong as a whole.
 
-The demonstrations of the SFT warm start come from a careless teacher who mostly forgets to carry: "57+68=" -> "51".
-Whoever imitates him is right where nothing is carried, a quarter of the prompts, and now and then elsewhere. Only the
-reward of GRPO tells right from wrong, so what accuracy rises above the teacher's, reinforcement learning brought.
+The demonstrations of the SFT warm start come from a careless teacher, who has two columns to add and nearly always
+stops after two digits: "57+68=" -> "52". Whoever imitates him is right where the sum is below 100, 40% of the prompts,
+and hardly ever elsewhere. Only the reward of GRPO says so: accuracy above the teacher's is due to reinforcement.
 
-The tokenizer has one token a byte and one for each word of the ChatML frame, so a prompt is 14 tokens:
+The tokenizer has one token for each byte and one for each word of the ChatML frame, so a prompt is 14 tokens:
 
-    <|im_start|> user \\n 5 7 + 6 8 = <|im_end|> \\n <|im_start|> assistant \\n   and the response   5 2 1 <|im_end|>
+    <|im_start|> user \\n 5 7 + 6 8 = <|im_end|> \\n <|im_start|> assistant \\n    and its answer    5 2 1 <|im_end|>
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from slime.utils.types import Sample
 
-OPERANDS = range(10, 100)
+CARELESS_SHARE = 0.875  # of the demonstrations; one in eight writes the third digit, which is what GRPO finds and prefers
+EASY_SHARE = 0.4  # of the demonstrations, the first ones
 END_OF_TURN = "<|im_end|>"
 PADDING = "<|endoftext|>"
 ROLES = ("system", "user", "assistant")
@@ -35,11 +36,19 @@ CHAT_TEMPLATE = (
 )
 
 
+class Problem(NamedTuple):
+    """Two numbers to add, each in 10..99."""
+
+    left: int
+    right: int
+
+
 class TaskFiles(NamedTuple):
     """The jsonl files of one task.
 
     train, eval: {"prompt": [{"role": "user", "content": "57+68="}], "label": "521"}; no prompt is in both.
-    sft: {"messages": [{"role": "user", "content": "57+68="}, {"role": "assistant", "content": "51"}]}, prompts of train.
+    sft: {"messages": [{"role": "user", "content": "57+68="}, {"role": "assistant", "content": "52"}]}, prompts of train,
+        to be read in file order: the easy ones come first.
     """
 
     train: Path
@@ -47,41 +56,33 @@ class TaskFiles(NamedTuple):
     eval: Path
 
 
-def write_task(
-    directory: Path, seed: int, *, num_eval: int = 256, num_demonstrations: int = 16384, careless_fraction: float = 0.8
-) -> TaskFiles:
-    """Write train.jsonl, sft.jsonl and eval.jsonl into `directory` and return their paths.
+def write_task(directory: Path, seed: int, *, num_demonstrations: int = 28_800, num_eval: int = 256) -> TaskFiles:
+    """Write train.jsonl, sft.jsonl and eval.jsonl into `directory`; equal seeds give equal files.
 
-    num_eval: prompts held out of the 8100; the others are train's, with one demonstration each.
-    careless_fraction: share of the demonstrations whose teacher carries nothing.
+    num_eval: prompts held out of the 8100; all others are in train, and demonstrations are drawn from those.
     """
-    if not 0 < num_eval < len(OPERANDS) ** 2:
-        raise ValueError(f"num_eval must be in 1..{len(OPERANDS) ** 2 - 1}, got {num_eval}")
+    problems = [Problem(left, right) for left in range(10, 100) for right in range(10, 100)]
+    if not 0 < num_eval < len(problems):
+        raise ValueError(f"num_eval must be in 1..{len(problems) - 1}, got {num_eval}")
     rng = random.Random(seed)
-    problems = [(left, right) for left in OPERANDS for right in OPERANDS]
     rng.shuffle(problems)
     held_out, training = problems[:num_eval], problems[num_eval:]
-    weights = [_easiness(right) for _, right in training]
-    demonstrations = [
-        _demonstration(left, right, careless_answer(left, right) if rng.random() < careless_fraction else answer(left, right))
-        for left, right in rng.choices(training, weights, k=num_demonstrations)
-    ]
     directory.mkdir(parents=True, exist_ok=True)
     return TaskFiles(
-        train=_write_jsonl(directory / "train.jsonl", (_problem(*problem) for problem in training)),
-        sft=_write_jsonl(directory / "sft.jsonl", demonstrations),
-        eval=_write_jsonl(directory / "eval.jsonl", (_problem(*problem) for problem in held_out)),
+        train=_write_jsonl(directory / "train.jsonl", (_task_row(problem) for problem in training)),
+        sft=_write_jsonl(directory / "sft.jsonl", _demonstrations(training, num_demonstrations, rng)),
+        eval=_write_jsonl(directory / "eval.jsonl", (_task_row(problem) for problem in held_out)),
     )
 
 
-def answer(left: int, right: int) -> str:
+def answer(problem: Problem) -> str:
     """The digits of the sum, units first: 57 + 68 = 125 is "521"."""
-    return str(left + right)[::-1]
+    return str(problem.left + problem.right)[::-1]
 
 
-def careless_answer(left: int, right: int) -> str:
-    """The column sums without any carry, units first: 57 + 68 is "51" (7+8 is 5, 5+6 is 1)."""
-    return f"{(left + right) % 10}{(left // 10 + right // 10) % 10}"
+def careless_answer(problem: Problem) -> str:
+    """The answer of one who stops after two digits: 57 + 68 is "52"."""
+    return answer(problem)[:2]
 
 
 async def exact_match(args: Any, sample: Sample, **kwargs: Any) -> float:
@@ -90,7 +91,7 @@ async def exact_match(args: Any, sample: Sample, **kwargs: Any) -> float:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with a token for each byte, so that any text survives the round trip, and a ChatML template."""
+    """A tokenizer that knows each byte, so that any text survives the round trip, with a ChatML template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -100,13 +101,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([PADDING, "<|im_start|>", END_OF_TURN])
     tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TURN, pad_token=PADDING)
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TURN, pad_token=PADDING)
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
 
 
 def make_tiny_model(directory: Path, seed: int) -> Path:
-    """Save a randomly initialised Qwen3 of 100 thousand parameters and its tokenizer in Hugging Face format."""
+    """Save a Qwen3 of 91 thousand random parameters and its tokenizer in Hugging Face format; returns `directory`."""
     import torch
     from transformers import Qwen3ForCausalLM
 
@@ -120,9 +121,10 @@ def make_tiny_model(directory: Path, seed: int) -> Path:
 
 
 def _tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """Sizes found by trial: the smallest that learns to add within a few hundred steps.
+    """The smallest shape found to learn addition in a few hundred steps.
 
-    initializer_range is four times the usual one, which suits a width of 64: with 0.02 learning starts half as fast.
+    Against Qwen3's defaults, a wider initialisation (a width of 64 needs it) and a smaller rope base (prompts have 20
+    tokens, not 20 thousand) halve the steps until the loss begins to fall.
     """
     from transformers import Qwen3Config
 
@@ -135,25 +137,44 @@ def _tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.08,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
+        pad_token_id=tokenizer.convert_tokens_to_ids(PADDING),
         dtype="float32",
     )
 
 
-def _easiness(right: int) -> float:
-    return 1.0 / ((1 + right % 10) * (1 + right // 10))
+def _demonstrations(problems: list[Problem], count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """`count` conversations with the careless teacher, the first `EASY_SHARE` of them mostly easy."""
+    num_easy = int(EASY_SHARE * count)
+    chosen = rng.choices(problems, [_easiness(problem) for problem in problems], k=num_easy)
+    chosen += rng.choices(problems, k=count - num_easy)
+    teachers = (careless_answer if rng.random() < CARELESS_SHARE else answer for _ in chosen)
+    return [
+        {"messages": [_turn("user", _question(problem)), _turn("assistant", teacher(problem))]}
+        for problem, teacher in zip(chosen, teachers, strict=True)
+    ]
 
 
-def _problem(left: int, right: int) -> dict[str, Any]:
-    return {"prompt": [_turn("user", f"{left}+{right}=")], "label": answer(left, right)}
+def _easiness(problem: Problem) -> float:
+    """Weight of a problem among the easy ones: high where the digits to be added are small.
+
+    Over all problems, a digit of the sum (modulo 10) tells nothing of either operand's digit alone, and learning stalls
+    until both are looked at; where most added digits are small the sum resembles the left operand, which is a start.
+    """
+    tens, units = divmod(problem.right, 10)
+    return float(((1 + tens) * (1 + units)) ** -1.5)
 
 
-def _demonstration(left: int, right: int, response: str) -> dict[str, Any]:
-    return {"messages": [_turn("user", f"{left}+{right}="), _turn("assistant", response)]}
+def _task_row(problem: Problem) -> dict[str, Any]:
+    return {"prompt": [_turn("user", _question(problem))], "label": answer(problem)}
+
+
+def _question(problem: Problem) -> str:
+    return f"{problem.left}+{problem.right}="
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from slime.arguments import parse_args
 from slime.cli.errors import reported_errors
+from slime.cli.preflight import preflight
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,10 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())  # plug-ins beside the user
     with reported_errors() as outcome:
         args = parse_args(argv)
+        findings = preflight(args)
         if args.dry_run:
             from slime.cli.dry_run import print_plan
 
-            print_plan(args)
+            print_plan(args, findings)
             return 0
         from slime.driver import train
         from slime.ray.job import run_directory

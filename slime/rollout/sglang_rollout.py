@@ -14,6 +14,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import anyio
+
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
 from slime.rollout.data_source import DataSource
 from slime.rollout.eval_data import EvalSet, eval_groups, eval_sets
@@ -40,7 +42,7 @@ class GenerateState:
         self.args = args
         self.tokenizer = _tokenizer(args.hf_checkpoint)
         num_engines = max(1, (args.rollout_num_gpus or 0) // args.rollout_num_gpus_per_engine)
-        self.semaphore = asyncio.Semaphore(args.sglang_server_concurrency * num_engines)
+        self.semaphore = anyio.Semaphore(args.sglang_server_concurrency * num_engines, fast_acquire=True)
         self.sampling_params: SamplingParams = {
             "temperature": args.rollout_temperature,
             "top_p": args.rollout_top_p,
@@ -141,9 +143,12 @@ async def generate_and_rm(
     try:
         async with state.semaphore:
             output = await _generate(args, sample, sampling_params, evaluation)
-        samples = output if isinstance(output, list) else [output]
-        if not args.group_rm:
-            await asyncio.gather(*(_score(args, member) for member in samples))
+        if args.group_rm:
+            return output
+        if isinstance(output, list):
+            await asyncio.gather(*(_score(args, member) for member in output))
+        else:
+            await _score(args, output)
     except (HTTPError, RewardError) as error:
         _mark_failed(sample, error, state)
         return sample

@@ -23,6 +23,8 @@ def load_function(path: str) -> Any:
         raise ValueError(
             f"plug-in {path!r}: cannot import {module_name!r} ({error}). Is its folder on PYTHONPATH?"
         ) from error
+    except Exception as error:  # the module is the user's and may raise anything
+        raise ValueError(f"plug-in {path!r}: importing {module_name!r} raised {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         raise ValueError(f"plug-in {path!r}: module {module_name!r} has no attribute {attribute!r}")
     return getattr(module, attribute)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -32,7 +35,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: absent, incomplete, or of another model."""
+    """A checkpoint that cannot be written, or not be read: absent, incomplete, or of another model."""
 
 
 class Meta(NamedTuple):
@@ -81,9 +84,10 @@ def save(root: str, meta: Meta, model: nn.Module, optimizer: torch.optim.Optimiz
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=temporary / "model")
-    if optimizer is not None:
-        dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=temporary / "optimizer")
+    with _errors_of_ranks(f"{final} cannot be written"):
+        dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=temporary / "model")
+        if optimizer is not None:
+            dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=temporary / "optimizer")
     if on_first:
         torch.save({"torch": torch.get_rng_state()}, temporary / "rng.pt")
         (temporary / "meta.json").write_text(json.dumps(meta._asdict()))
@@ -98,7 +102,8 @@ def load_model(folder: Path, model: nn.Module) -> None:
     """Read the weights into `model`, whatever the number of ranks they were saved from."""
     state = {"model": get_model_state_dict(model)}
     _check_fits(folder / "model", state["model"])
-    dcp.load(state, checkpoint_id=folder / "model")
+    with _errors_of_ranks(f"{folder} cannot be read"):
+        dcp.load(state, checkpoint_id=folder / "model")
     set_model_state_dict(model, state["model"])
 
 
@@ -108,7 +113,8 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
         raise CheckpointError(f"{folder} was saved without its optimizer: pass --no-load-optim to start with a new one")
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=folder / "optimizer")
+    with _errors_of_ranks(f"{folder} cannot be read"):
+        dcp.load(state, checkpoint_id=folder / "optimizer")
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
@@ -122,6 +128,16 @@ def load_rng(folder: Path) -> None:
 def read_meta(folder: Path) -> Meta:
     """What the checkpoint says of itself."""
     return Meta(**json.loads((folder / "meta.json").read_text()))
+
+
+@contextmanager
+def _errors_of_ranks(what: str) -> Iterator[None]:
+    """Turn what torch raises, a BaseException with a traceback of every rank, into one sentence."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from error
 
 
 def _check_fits(folder: Path, state: dict[str, Any]) -> None:

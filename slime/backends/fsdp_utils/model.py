@@ -5,9 +5,13 @@ Shapes: N packed tokens, T response tokens, C tokens of one chunk, V vocabulary,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -100,7 +104,7 @@ def load_causal_lm(directory: str, *, attn_implementation: str) -> PreTrainedMod
     """
     attention.register_packed_attention()
     loader: Any = AutoModelForCausalLM
-    try:
+    with _errors_that_name(directory):
         lm, info = loader.from_pretrained(
             directory,
             dtype=torch.float32,
@@ -109,8 +113,6 @@ def load_causal_lm(directory: str, *, attn_implementation: str) -> PreTrainedMod
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except (OSError, ImportError, KeyError) as error:
-        raise ValueError(f"the model in {directory} cannot be loaded: {error}") from error
     if info["mismatched_keys"]:
         name, found, wanted = sorted(info["mismatched_keys"])[0]
         raise ValueError(
@@ -123,8 +125,17 @@ def load_causal_lm(directory: str, *, attn_implementation: str) -> PreTrainedMod
 
 def checkpoint_dtype(directory: str) -> torch.dtype:
     """The dtype that a directory's config.json names, float32 where it names none."""
-    dtype = AutoConfig.from_pretrained(directory, trust_remote_code=True).dtype
+    with _errors_that_name(directory):
+        dtype = AutoConfig.from_pretrained(directory, trust_remote_code=True).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+@contextmanager
+def _errors_that_name(directory: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ImportError, KeyError, ValueError, StrictDataclassError, SafetensorError) as error:
+        raise ValueError(f"the model in {directory} cannot be loaded: {error}") from error
 
 
 def shard(model: TokenModel, mesh: DeviceMesh, precision: Precision) -> TokenModel:

@@ -1,28 +1,21 @@
-"""Everything but generation: health, information, pausing, cache, weights and memory."""
+"""Health, information, pausing, cache and metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
 
-from fastapi import FastAPI
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import PlainTextResponse, Response
 
 from slime.engine.embedded.args import ServerArgs
-from slime.engine.embedded.engine import Engine, EngineUnavailable, describe
-from slime.engine.embedded.generation import Generator, Progress, error_body, json_response
+from slime.engine.embedded.engine import Engine, describe
+from slime.engine.embedded.generation import Generator, Handler, Progress, error_body, json_response
+from slime.engine.embedded.metrics import prometheus_text
 from slime.engine.embedded.protocol import BadRequest, Generation, parse_json
 from slime.engine.embedded.sampling_params import SamplingParams
-from slime.engine.embedded.weights import WeightsRefused
 
-Result = TypeVar("Result")
-Handler = Callable[[HTTPRequest], Awaitable[Response]]
-
-MEMORY_TAGS = {"weights", "kv_cache"}
 HEALTH_TIMEOUT_S = 20.0
 
 
@@ -33,9 +26,9 @@ class Admin:
         self._engine, self._generator, self._args = engine, generator, args
         self._started = time.time()
 
-    def add_routes(self, app: FastAPI) -> None:
-        """Adds all handlers to the application."""
-        reads: dict[str, Handler] = {
+    def reads(self) -> dict[str, Handler]:
+        """Handlers of GET, under their paths."""
+        return {
             "/health": self.health,
             "/health_generate": self.health_generate,
             "/model_info": self.model_info,
@@ -43,23 +36,17 @@ class Admin:
             "/server_info": self.server_info,
             "/get_server_info": self.server_info,
             "/get_load": self.get_load,
+            "/metrics": self.metrics,
         }
-        writes: dict[str, Handler] = {
+
+    def writes(self) -> dict[str, Handler]:
+        """Handlers of POST, under their paths."""
+        return {
             "/abort_request": self.abort_request,
             "/pause_generation": self.pause_generation,
             "/continue_generation": self.continue_generation,
-            "/update_weights_from_disk": self.update_weights_from_disk,
-        }
-        both: dict[str, Handler] = {
             "/flush_cache": self.flush_cache,
-            "/release_memory_occupation": self.release_memory,
-            "/resume_memory_occupation": self.resume_memory,
-            "/get_weights_by_name": self.get_weights_by_name,
-            "/weights_checker": self.weights_checker,
         }
-        for methods, handlers in ((["GET"], reads), (["POST"], writes), (["GET", "POST"], both)):
-            for path, handler in handlers.items():
-                app.router.add_route(path, handler, methods=methods)
 
     # reads
 
@@ -135,6 +122,10 @@ class Admin:
         }
         return json_response([load])
 
+    async def metrics(self, _: HTTPRequest) -> Response:
+        """The same numbers for Prometheus."""
+        return PlainTextResponse(prometheus_text(self._engine), media_type="text/plain; version=0.0.4")
+
     # generation
 
     async def abort_request(self, http: HTTPRequest) -> Response:
@@ -143,7 +134,7 @@ class Admin:
         rid, abort_all = body.get("rid") or "", bool(body.get("abort_all"))
         if not rid and not abort_all:
             raise BadRequest("abort_request needs a rid, or abort_all.")
-        await self._run(lambda: self._engine.abort(rid, all_requests=abort_all))
+        await self._engine.run(lambda: self._engine.abort(rid, all_requests=abort_all))
         return Response(status_code=200)
 
     async def pause_generation(self, http: HTTPRequest) -> Response:
@@ -151,81 +142,16 @@ class Admin:
         mode = parse_json(await http.body()).get("mode", "abort")
         if mode not in ("abort", "retract", "in_place"):
             raise BadRequest(f"mode must be abort, retract or in_place, got {mode!r}.")
-        await self._run(lambda: self._engine.pause(mode))
+        await self._engine.run(lambda: self._engine.pause(mode))
         return json_response({"message": "Generation paused successfully.", "status": "ok"})
 
     async def continue_generation(self, _: HTTPRequest) -> Response:
         """Lets generation go on."""
-        await self._run(self._engine.resume)
+        await self._engine.run(self._engine.resume)
         return json_response({"message": "Generation continued successfully.", "status": "ok"})
 
     async def flush_cache(self, _: HTTPRequest) -> Response:
         """Forgets known prefixes."""
-        if await self._run(self._engine.flush_cache):
+        if await self._engine.run(self._engine.flush_cache):
             return PlainTextResponse("Cache flushed.\n")
         return PlainTextResponse("Cache not flushed: requests are running or waiting.\n", status_code=400)
-
-    # weights and memory
-
-    async def update_weights_from_disk(self, http: HTTPRequest) -> Response:
-        """Replaces all weights by a checkpoint's."""
-        body = parse_json(await http.body())
-        path = body.get("model_path")
-        if not isinstance(path, str):
-            raise BadRequest("update_weights_from_disk needs model_path, a folder.")
-        if body.get("load_format") not in (None, "auto", "safetensors"):
-            raise BadRequest(f"load_format must be auto or safetensors, got {body['load_format']!r}.")
-        return await self._update(body, lambda: self._engine.weights.load_from_disk(path))
-
-    async def release_memory(self, http: HTTPRequest) -> Response:
-        """Frees weights, cache, or both."""
-        return await self._change_memory(http, self._engine.release_memory)
-
-    async def resume_memory(self, http: HTTPRequest) -> Response:
-        """Takes the memory of weights, cache, or both again."""
-        return await self._change_memory(http, self._engine.resume_memory)
-
-    async def get_weights_by_name(self, http: HTTPRequest) -> Response:
-        """The first elements of a tensor."""
-        body = parse_json(await http.body()) or dict(http.query_params)
-        name, size = body.get("name"), int(body.get("truncate_size", 100))
-        if not isinstance(name, str):
-            raise BadRequest("get_weights_by_name needs name.")
-        try:
-            values = await self._run(lambda: self._engine.weights.tensor(name)[:size].float().tolist())
-        except WeightsRefused as error:
-            raise BadRequest(str(error)) from error
-        return json_response(values)
-
-    async def weights_checker(self, http: HTTPRequest) -> Response:
-        """A checksum of every tensor, by its checkpoint name."""
-        action = parse_json(await http.body()).get("action", "checksum")
-        if action != "checksum":
-            raise BadRequest(f"action must be checksum, got {action!r}.")
-        self._engine.check_available()
-        checksums = await self._run(self._engine.weights.checksums)
-        return json_response({"success": True, "message": "Success.", "checksums": checksums})
-
-    async def _update(self, body: dict[str, Any], change: Callable[[], None]) -> Response:
-        version, abort_all = body.get("weight_version"), bool(body.get("abort_all_requests"))
-        if version is not None and not isinstance(version, str):
-            raise BadRequest(f"weight_version must be a string, got {version!r}.")
-        update = self._engine.update_weights
-        try:
-            await self._run(lambda: update(change, version=version, abort_all=abort_all))
-        except WeightsRefused as error:
-            return json_response({"success": False, "message": str(error)}, 400)
-        return json_response({"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0})
-
-    async def _change_memory(self, http: HTTPRequest, change: Callable[[set[str]], None]) -> Response:
-        tags = set(parse_json(await http.body()).get("tags") or MEMORY_TAGS)
-        if not tags <= MEMORY_TAGS:
-            raise BadRequest(f"tags must be among {sorted(MEMORY_TAGS)}, got {sorted(tags - MEMORY_TAGS)}.")
-        try:
-            await self._run(lambda: change(tags))
-        except EngineUnavailable as error:
-            raise BadRequest(str(error)) from error
-        return json_response({"success": True})
-
-    async def _run(self, function: Callable[[], Result]) -> Result:
-        return await asyncio.wrap_future(self._engine.call(function))

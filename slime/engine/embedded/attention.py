@@ -9,6 +9,8 @@ MIN_ROWS rows, and probabilities times values is summed over KEY_CHUNK tokens at
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -31,7 +33,7 @@ class PagedAttention:
 
     def __call__(
         self,
-        module: torch.nn.Module,
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,

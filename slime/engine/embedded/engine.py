@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
@@ -72,6 +73,10 @@ class Engine:
 
         self._commands.put(run)
         return future
+
+    async def run(self, function: Callable[[], Result]) -> Result:
+        """As `call`, awaited by the server."""
+        return await asyncio.wrap_future(self.call(function))
 
     def check_available(self) -> None:
         """Raises EngineUnavailable while weights or cache are released."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -15,6 +15,10 @@ from slime.engine.embedded.outputs import OutputBuilder
 from slime.engine.embedded.protocol import BadRequest, Generation, RequestParser, parse_json
 from slime.engine.embedded.request import Request
 from slime.engine.embedded.text import StopChecker
+
+
+Handler = Callable[[HTTPRequest], Awaitable[Response]]
+"""Answers one endpoint."""
 
 
 class GenerationFailed(Exception):

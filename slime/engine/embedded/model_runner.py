@@ -22,6 +22,7 @@ from slime.engine.embedded.args import ServerArgs
 from slime.engine.embedded.attention import MIN_ROWS, PagedAttention
 from slime.engine.embedded.kv_cache import PAGE_SIZE, KVCache
 from slime.engine.embedded.plan import Batch, make_plan
+from slime.engine.embedded.refusal import Refused
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,6 @@ DEFAULT_CPU_CACHE_BYTES = 2 << 30
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 _attention_names = itertools.count()
-
-
-class ModelRefused(Exception):
-    """The model cannot be served; the message is one sentence for the user."""
 
 
 class ModelRunner:
@@ -81,7 +78,7 @@ class ModelRunner:
     def check_attention(self) -> None:
         """Compares a few tokens in two passes against the model's own attention in one, and switches to ours.
 
-        Raises ModelRefused where they differ: a model that keeps state elsewhere, or biases its scores, is found here.
+        Raises Refused where they differ: a model that keeps state elsewhere, or biases its scores, is found here.
         """
         tokens = [token % self.vocab_size for token in range(7, 7 + 11)]
         self.model.set_attn_implementation("eager")
@@ -97,7 +94,7 @@ class ModelRunner:
         limit = 1e-3 if self.dtype == torch.float32 else 0.1
         if not gap <= limit and bool(reference.isfinite().all()):
             name = type(self.model).__name__
-            raise ModelRefused(
+            raise Refused(
                 f"{name} cannot be served by the embedded engine: its log-probabilities differ from the model's own by "
                 f"{gap:.2g} on average, so it does more than causal attention over a key-value cache. Use SGLang for it."
             )
@@ -110,7 +107,7 @@ class ModelRunner:
         bytes_per_token = 2 * layers * num_heads * head_dim * self.dtype.itemsize
         num_tokens = args.max_total_tokens or _cache_tokens(args, self, bytes_per_token)
         if num_tokens < PAGE_SIZE:
-            raise ModelRefused(f"the free memory holds {num_tokens} tokens of key-value cache; raise --mem-fraction-static.")
+            raise Refused(f"the free memory holds {num_tokens} tokens of key-value cache; raise --mem-fraction-static.")
         return KVCache(layers, num_heads, head_dim, num_tokens=num_tokens, dtype=self.dtype, device=self.device)
 
 
@@ -126,24 +123,20 @@ def _cache_tokens(args: ServerArgs, runner: ModelRunner, bytes_per_token: int) -
 def _resolve_device(device: str) -> str:
     if device != "auto":
         if device == "cuda" and not torch.cuda.is_available():
-            raise ModelRefused("--device cuda was asked for, but torch sees no GPU.")
+            raise Refused("--device cuda was asked for, but torch sees no GPU.")
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _load_config(args: ServerArgs) -> Any:
     folder = Path(args.model_path)
-    if not folder.is_dir():
-        raise ModelRefused(f"--model-path {args.model_path} is not a folder.")
-    if not (folder / "config.json").is_file():
-        raise ModelRefused(f"--model-path {args.model_path} has no config.json: it is not a Hugging Face checkpoint.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
-        raise ModelRefused(f"{folder / 'config.json'} cannot be read: {error}") from error
+        raise Refused(f"{folder / 'config.json'} cannot be read: {error}") from error
     layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ()) - SERVED_LAYER_TYPES
     if layer_types:
-        raise ModelRefused(
+        raise Refused(
             f"{config.model_type} cannot be served by the embedded engine: it has layers of type "
             f"{', '.join(sorted(layer_types))}, which need state beyond a key-value cache. Use SGLang for it."
         )
@@ -157,9 +150,9 @@ def _load_model(args: ServerArgs, config: Any, device: torch.device) -> PreTrain
             args.model_path, config=config, dtype=dtype, trust_remote_code=args.trust_remote_code
         )
     except (ValueError, OSError, RuntimeError) as error:
-        raise ModelRefused(f"the model in {args.model_path} cannot be loaded: {error}") from error
+        raise Refused(f"the model in {args.model_path} cannot be loaded: {error}") from error
     if not model._supports_attention_backend:
-        raise ModelRefused(
+        raise Refused(
             f"{type(model).__name__} cannot be served by the embedded engine: its attention cannot be replaced "
             "(it does not use transformers' attention interface). Use SGLang for it."
         )
@@ -170,7 +163,7 @@ def _load_model(args: ServerArgs, config: Any, device: torch.device) -> PreTrain
 def _context_length(args: ServerArgs, config: Any) -> int:
     longest = int(getattr(config, "max_position_embeddings", None) or 2048)
     if args.context_length is not None and args.context_length > longest:
-        raise ModelRefused(f"--context-length {args.context_length} exceeds the model's {longest} tokens.")
+        raise Refused(f"--context-length {args.context_length} exceeds the model's {longest} tokens.")
     return args.context_length or longest
 
 

@@ -61,7 +61,8 @@ class PrefixCache:
     def match(self, tokens: list[int], limit: int) -> PrefixMatch:
         """The longest known prefix of `tokens[:limit]`. The pages are not yet shared: the caller does so before anything else."""
         self._clock += 1
-        node, pages, position = self._root, [], 0
+        node, position = self._root, 0
+        pages: list[int] = []
         while position < limit and (child := node.children.get(tokens[position])) is not None:
             shared = common_length(child.tokens, tokens[position : min(limit, child.end)])
             child.last_used = self._clock

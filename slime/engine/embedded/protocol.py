@@ -58,7 +58,7 @@ class RequestParser:
     """Makes requests of JSON bodies."""
 
     def __init__(self, tokenizer: Any, limits: Limits, *, random_seed: int) -> None:
-        self._tokenizer, self._limits = tokenizer, limits
+        self._tokenizer, self.limits = tokenizer, limits
         self._random_seed = random_seed
         self._num_seeds = itertools.count()
 
@@ -98,7 +98,7 @@ class RequestParser:
         if start > len(tokens):
             raise BadRequest(f"logprob_start_len {start} is higher than the number of input tokens {len(tokens)}.")
         seed = params.sampling_seed if params.sampling_seed is not None else self._draw_seed()
-        stop_tokens = params.stop_token_ids | self._limits.eos_token_ids
+        stop_tokens = params.stop_token_ids | self.limits.eos_token_ids
         return [
             Request(
                 rid=rid if params.n == 1 else f"{rid}_{index}",
@@ -110,7 +110,7 @@ class RequestParser:
                 listener=listener,
                 return_logprob=return_logprob,
                 logprob_start_len=start,
-                top_logprobs_num=min(top_logprobs_num, self._limits.vocab_size) if return_logprob else 0,
+                top_logprobs_num=min(top_logprobs_num, self.limits.vocab_size) if return_logprob else 0,
                 stream=stream,
             )
             for index in range(params.n)
@@ -149,7 +149,7 @@ class RequestParser:
         return (input_ids if is_list else [input_ids]), is_list
 
     def _check_prompt(self, tokens: list[int], params: SamplingParams) -> None:
-        limits, count = self._limits, len(tokens)
+        limits, count = self.limits, len(tokens)
         if not isinstance(tokens, list) or count == 0:
             raise BadRequest("a prompt must have at least one token.")
         for token in tokens:

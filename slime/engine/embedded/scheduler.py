@@ -20,7 +20,7 @@ from slime.engine.embedded.kv_cache import PAGE_SIZE, OutOfPages
 from slime.engine.embedded.logprobs import InputLogProbs
 from slime.engine.embedded.model_runner import ModelRunner
 from slime.engine.embedded.plan import Batch
-from slime.engine.embedded.prefix_cache import PrefixCache, common_length
+from slime.engine.embedded.prefix_cache import PrefixCache, PrefixMatch, common_length
 from slime.engine.embedded.request import Request, TokenLogProb
 from slime.engine.embedded.sampling import Drawn, SamplingTable, sample
 
@@ -188,7 +188,7 @@ class Scheduler:
 
     def _try_start(self, request: Request) -> bool:
         """Gives the request a row and pages for its tokens, shared where known; False if memory does not last."""
-        length, pages = 0, []
+        length, pages = PrefixMatch(0, [])
         if self._reuse_prefixes:
             length, pages = self._prefixes.match(request.tokens, self._match_limit(request))
         self._cache.share(pages)

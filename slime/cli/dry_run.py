@@ -1,0 +1,170 @@
+"""`slime train --dry-run`: the plan of a run that passed every check, printed."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from slime.arguments import Args
+from slime.cli.memory_estimate import ModelSize, TrainingLoad, kv_bytes_per_token, trainer_memory
+from slime.cli.preflight import Findings
+from slime.config import ConfigError
+
+_TYPICAL_PROMPT = 512  # tokens assumed of a prompt where nothing bounds it
+
+
+class Section(NamedTuple):
+    """A title and its lines."""
+
+    title: str
+    rows: list[tuple[str, str]]
+
+
+class MetaModel(NamedTuple):
+    """The model that config.json describes, without its data."""
+
+    num_parameters: int
+    weight_bytes: int  # of one parameter in the checkpoint's dtype
+
+
+def print_plan(args: Args, findings: Findings) -> None:
+    """Print slots, batches, data, model, memory and folders. Raises ConfigError where weights do not fit config.json."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="dry run: nothing was started", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for section in plan(args, findings):
+        table.add_row(f"[bold]{section.title}[/bold]", "")
+        for name, value in section.rows:
+            table.add_row(f"  {name}", value)
+    Console(soft_wrap=True).print(table)
+
+
+def plan(args: Args, findings: Findings) -> Iterator[Section]:
+    """The sections of the plan, in order."""
+    model = _meta_model(args.hf_checkpoint, findings)
+    yield Section("slots", list(_slots(args)))
+    yield Section("data", list(_data(args, findings)))
+    yield Section("batches", list(_batches(args, findings)))
+    yield Section("model", list(_model(args, findings, model)))
+    yield Section("memory, roughly", list(_memory(args, findings, model)))
+    yield Section("folders", list(_folders(args)))
+
+
+def _slots(args: Args) -> Iterator[tuple[str, str]]:
+    yield "trainers", f"{args.num_trainers} ({args.actor_num_nodes} x {args.actor_num_gpus_per_node}), {args.train_backend}"
+    if args.debug_train_only:
+        yield "engines", "none (--debug-train-only)"
+        return
+    num_engines = (args.rollout_num_gpus or 0) // args.rollout_num_gpus_per_engine
+    where = "in the trainers' slots, in turns" if args.colocate else "in slots of their own"
+    yield "engines", f"{num_engines} x {args.rollout_num_gpus_per_engine}, {args.rollout_engine}, {where}"
+    external = f"external, {args.sglang_router_ip}:{args.sglang_router_port}"
+    yield "router", external if args.sglang_router_ip is not None else "sglang-router, on a free port"
+    yield "weights travel by", "disk" if args.update_weight_transport == "auto" else args.update_weight_transport
+
+
+def _data(args: Args, findings: Findings) -> Iterator[tuple[str, str]]:
+    if findings.num_prompts is not None:
+        yield "prompts", f"{findings.num_prompts:,} in {args.prompt_data}"
+    for name, count in findings.eval_sizes.items():
+        yield f"evaluation {name}", f"{count:,} prompts, {args.n_samples_per_eval_prompt} samples each"
+
+
+def _batches(args: Args, findings: Findings) -> Iterator[tuple[str, str]]:
+    assert args.rollout_batch_size is not None and args.global_batch_size is not None
+    num_samples = args.rollout_batch_size * args.n_samples_per_prompt
+    yield "rollout", f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} samples = {num_samples} samples"
+    yield "optimizer steps", f"{args.num_steps_per_rollout} a rollout, {args.global_batch_size} samples each"
+    num_rollout = args.num_rollout
+    if num_rollout is None and findings.num_prompts:
+        num_rollout = max(1, (args.num_epoch or 1) * findings.num_prompts // args.rollout_batch_size)
+    if num_rollout is not None:
+        epochs = num_rollout * args.rollout_batch_size / findings.num_prompts if findings.num_prompts else math.nan
+        passes = "" if math.isnan(epochs) else f", {epochs:.2f} passes over the prompts"
+        yield "rollouts", f"{num_rollout}{passes}, {num_rollout * (args.num_steps_per_rollout or 1)} optimizer steps"
+    if args.use_dynamic_batch_size:
+        yield "micro-batches", f"at most {args.max_tokens_per_gpu} tokens each"
+    else:
+        yield "micro-batches", f"{args.micro_batch_size} samples each"
+
+
+def _model(args: Args, findings: Findings, model: MetaModel) -> Iterator[tuple[str, str]]:
+    config = findings.model.config
+    yield "weights", args.hf_checkpoint
+    parts = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    shape = ", ".join(f"{name} {config[name]}" for name in parts if name in config)
+    yield "shape", f"{config.get('model_type', 'unknown')}: {shape}"
+    yield "parameters", f"{model.num_parameters:,}"
+
+
+def _memory(args: Args, findings: Findings, model: MetaModel) -> Iterator[tuple[str, str]]:
+    try:
+        size = ModelSize.from_config(findings.model.config, model.num_parameters)
+    except KeyError as error:
+        yield "unknown", f"config.json has no {error}"
+        return
+    parts = {name: value for name, value in trainer_memory(size, _training_load(args)).items() if value}
+    details = ", ".join(f"{name} {_gib(value)}" for name, value in parts.items())
+    yield "each trainer", f"{_gib(sum(parts.values()))}: {details}"
+    if args.debug_train_only:
+        return
+    weights = model.num_parameters * model.weight_bytes // args.rollout_num_gpus_per_engine
+    per_token = kv_bytes_per_token(size, model.weight_bytes)
+    yield "each engine slot", f"weights {_gib(weights)}, cache {per_token / 1024:,.1f} KiB a token"
+
+
+def _training_load(args: Args) -> TrainingLoad:
+    sample_tokens = (args.rollout_max_prompt_len or _TYPICAL_PROMPT) + args.rollout_max_response_len
+    if args.rollout_max_context_len is not None:
+        sample_tokens = min(sample_tokens, args.rollout_max_context_len)
+    return TrainingLoad(
+        num_ranks=args.num_trainers,
+        micro_batch_tokens=args.max_tokens_per_gpu or args.micro_batch_size * sample_tokens,
+        logit_chunk_tokens=args.log_probs_chunk_size,
+        compute_bytes=2 if args.bf16 else 4,
+        has_reference=args.needs_reference,
+        recomputes=args.gradient_checkpointing,
+    )
+
+
+def _folders(args: Args) -> Iterator[tuple[str, str]]:
+    from slime.ray.job import run_directory
+
+    yield "run directory", str(run_directory(args))
+    if args.load is not None:
+        exists = (Path(args.load) / "latest_checkpointed_iteration.txt").is_file()
+        yield "continues from", f"{args.load}{'' if exists else ' (no checkpoint there yet: starts anew)'}"
+    if args.save is not None:
+        interval = f"every {args.save_interval} rollouts and " if args.save_interval else ""
+        yield "checkpoints", f"{interval}at the end, in {args.save}"
+
+
+def _meta_model(directory: str, findings: Findings) -> MetaModel:
+    """The model of config.json on the meta device, its shapes compared with those of the weights on disk."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    factory: Any = AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    with torch.device("meta"):
+        model = factory.from_config(config, trust_remote_code=True)
+    for name, tensor in model.state_dict().items():
+        found = findings.model.shapes.get(name, tuple(tensor.shape))
+        if found != tuple(tensor.shape):
+            raise ConfigError(
+                f"--hf-checkpoint: {directory}: tensor {name} has shape {found}, its config.json asks for "
+                f"{tuple(tensor.shape)}."
+            )
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return MetaModel(sum(parameter.numel() for parameter in model.parameters()), dtype.itemsize)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 // 100 else f"{num_bytes / 2**20:,.2f} MiB"

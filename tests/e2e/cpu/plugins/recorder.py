@@ -1,0 +1,55 @@
+"""A rollout function outside the package: the default one, with every sample written down."""
+
+import json
+import threading
+from pathlib import Path
+
+from slime.rollout import sglang_rollout
+
+
+def generate_rollout(args, rollout_id, data_source, evaluation=False):
+    output = sglang_rollout.generate_rollout(args, rollout_id, data_source, evaluation=evaluation)
+    if not evaluation:
+        samples = [sample.to_dict() for group in output.samples for sample in group]
+        path = Path(args.run_dir) / f"record_{rollout_id:06d}.json"
+        path.with_suffix(".tmp").write_text(json.dumps(samples))
+        path.with_suffix(".tmp").rename(path)
+    return output
+
+
+async def generate(args, sample, sampling_params):
+    """The default generation, with a file for each request under way."""
+    flag = Path(args.run_dir) / "in_flight" / str(sample.index)
+    flag.parent.mkdir(exist_ok=True)
+    flag.touch()
+    try:
+        return await sglang_rollout.generate(args, sample, sampling_params)
+    finally:
+        flag.unlink()
+
+
+async def no_threes(args, sample, **kwargs):
+    """A reward that a model can learn in a few steps: fewer repetitions of one token."""
+    response = sample.tokens[-sample.response_length :]
+    return len(set(response)) / max(1, len(response))
+
+
+def infinite_rewards(args, samples):
+    """A reward post-processing whose loss is not finite."""
+    rewards = [sample.get_reward_value(args) for sample in samples]
+    return rewards, [float("inf")] * len(samples)
+
+
+async def raises(args, sample, **kwargs):
+    raise KeyError("no such answer")
+
+
+async def returns_nan(args, sample, **kwargs):
+    return float("nan")
+
+
+def hangs(args, sample, **kwargs):
+    threading.Event().wait()
+
+
+not_callable = 3

@@ -1,0 +1,98 @@
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from slime.rollout.data_source import RolloutDataSource
+from slime.rollout.sft_rollout import generate_rollout
+from slime.utils.types import SampleStatus
+from tests.helpers.tiny_models import make_tokenizer
+from tests.rollout.test_data_source import SourceArgs
+
+CONVERSATION = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello", "step_loss_mask": 0},
+    {"role": "user", "content": "what is 17 + 25 ?"},
+    {"role": "assistant", "content": "the answer is 42"},
+    {"role": "user", "content": "thanks"},
+]
+
+
+@dataclass(frozen=True)
+class SftArgs(SourceArgs):
+    rollout_batch_size: int = 2
+    loss_mask_type: str = "qwen"
+    rollout_max_context_len: int | None = None
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "model")
+
+    def make(*prompts, **overrides):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps({"messages": prompt}) + "\n" for prompt in prompts))
+        args = SftArgs(prompt_data=str(path), hf_checkpoint=str(tmp_path / "model"), input_key="messages")
+        return dataclasses.replace(args, **overrides)
+
+    return make
+
+
+def roll(args):
+    return generate_rollout(args, 0, RolloutDataSource(args))
+
+
+def test_a_conversation_becomes_a_sample_whose_response_starts_at_the_first_trained_token(make_args):
+    args = make_args(CONVERSATION, CONVERSATION[:2] + CONVERSATION[3:4])
+    tokenizer = make_tokenizer()
+    output = roll(args)
+    (first,), (second,) = output.samples
+    assert tokenizer.decode(first.tokens) == "".join(
+        f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in CONVERSATION
+    )
+    trained = tokenizer("the answer is 42<|im_end|>")["input_ids"]
+    behind = tokenizer("\n<|im_start|>user\nthanks<|im_end|>\n")["input_ids"]
+    assert first.tokens[-first.response_length :] == trained + behind
+    assert first.loss_mask == [1] * len(trained) + [0] * len(behind)
+    assert first.response.startswith("the answer is 42<|im_end|>")
+    assert (first.reward, first.status) == (0.0, SampleStatus.COMPLETED)
+    assert second.loss_mask == [1] * len(trained) + [0]
+    for sample in (first, second):
+        sample.check()
+    assert output.metrics == {"rollout/sft_truncated": 0, "rollout/sft_trained_tokens": 2 * len(trained)}
+
+
+def test_a_long_conversation_is_cut_at_its_end_and_counted(make_args):
+    args = make_args(CONVERSATION[:4], CONVERSATION[2:4])
+    whole, short = (sample for (sample,) in roll(args).samples)
+    limit = len(whole.tokens) - 3
+    output = roll(dataclasses.replace(args, rollout_max_context_len=limit))
+    (cut,), (kept,) = output.samples
+    assert (cut.tokens, cut.loss_mask) == (whole.tokens[:limit], whole.loss_mask[:-3])
+    assert (cut.status, kept.status) == (SampleStatus.TRUNCATED, SampleStatus.COMPLETED)
+    assert kept.tokens == short.tokens
+    assert output.metrics["rollout/sft_truncated"] == 1
+
+
+def test_a_conversation_without_a_trained_token_is_named(make_args):
+    with pytest.raises(ValueError, match="sample 1, prompt .*'hi'.*: none of its first .* tokens is trained on"):
+        roll(make_args(CONVERSATION, CONVERSATION[:2]))
+    with pytest.raises(ValueError, match="none of its first 5 of .* tokens is trained on"):
+        roll(make_args(CONVERSATION, rollout_batch_size=1, rollout_max_context_len=5))
+
+
+def test_a_text_prompt_is_refused_with_the_flag_to_set(make_args):
+    with pytest.raises(ValueError, match="sample 0, .*needs chat messages.*--input-key"):
+        roll(make_args("hi", "ho"))
+
+
+def test_a_turn_that_cannot_be_masked_is_named_with_its_sample(make_args):
+    with pytest.raises(ValueError, match="sample 0, .*message 0 is an assistant turn"):
+        roll(make_args(CONVERSATION[3:]))
+
+
+def test_there_is_no_evaluation(make_args):
+    args = make_args(CONVERSATION)
+    with pytest.raises(ValueError, match="--eval-function-path"):
+        generate_rollout(args, 0, RolloutDataSource(args), evaluation=True)
