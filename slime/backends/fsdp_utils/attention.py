@@ -1,14 +1,14 @@
 """Attention over packed sequences, exact: no token sees another sequence. Registered with transformers as "packed".
 
 Shapes: N tokens of S sequences laid end to end, H query heads, K key-value heads, D head width.
-On a GPU this is torch's variable-length kernel. On a CPU sequences of similar length are padded on the right and run as
-one causal batch: under a causal mask what stands to the right of a token cannot reach it.
+On a GPU this is torch's variable-length kernel, which takes half precision only. Elsewhere sequences of similar length
+are padded on the right and run as one causal batch: under a causal mask what stands to the right cannot reach a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -29,27 +29,37 @@ class Bucket:
     packed: Tensor  # int64 [n]: the packed positions that this bucket holds, each once
     padded: Tensor  # int64 [n]: where they stand in the flattened batch
 
+    def to(self, device: torch.device) -> Bucket:
+        """The same on `device`."""
+        return Bucket(self.gather.to(device), self.packed.to(device), self.padded.to(device))
+
 
 @dataclass(frozen=True)
 class Packing:
     """How sequences lie in the packed stream; passed through the model to every attention layer."""
 
     sequence_lengths: list[int]
-    cu_seqlens: Tensor  # int32 [S + 1]
-    buckets: list[Bucket]
-    inverse: Tensor  # int64 [N]: place of each packed position in the concatenated buckets
+    device: torch.device
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [S + 1]: where each sequence starts, and the end."""
+        ends = torch.tensor(self.sequence_lengths).cumsum(0)
+        return F.pad(ends, (1, 0)).to(self.device, torch.int32)
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """The sequences, longest first, in padded batches."""
+        return [bucket.to(self.device) for bucket in _buckets(torch.tensor(self.sequence_lengths))]
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """int64 [N]: place of each packed position in the concatenated buckets."""
+        return torch.cat([bucket.packed for bucket in self.buckets]).argsort()
 
 
-def packing_of(sequence_lengths: Sequence[int], device: torch.device) -> Packing:
-    """The layout of sequences of these lengths; buckets are made on the CPU only."""
-    lengths = torch.tensor(list(sequence_lengths))
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    buckets = _buckets(lengths, cu_seqlens[:-1].long()) if device.type == "cpu" else []
-    packed = torch.cat([bucket.packed for bucket in buckets]) if buckets else torch.empty(0, dtype=torch.int64)
-    return Packing(list(sequence_lengths), cu_seqlens.to(device), buckets, packed.argsort())
-
-
-def _buckets(lengths: Tensor, starts: Tensor) -> list[Bucket]:
+def _buckets(lengths: Tensor) -> list[Bucket]:
+    starts = lengths.cumsum(0) - lengths
     buckets: list[Bucket] = []
     order = lengths.argsort(descending=True, stable=True)
     while len(order):
@@ -88,7 +98,7 @@ def packed_attention(
     if softcap is not None:
         raise ValueError(f"{type(module).__name__} caps attention scores, which --attn-implementation packed does not.")
     window = sliding_window if sliding_window and max(packing.sequence_lengths) > sliding_window else None
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" or query.dtype == torch.float32:
         return _bucketed(query, key, value, packing, scaling, window), None
     return _varlen(query, key, value, packing, scaling, window), None
 
@@ -105,7 +115,7 @@ def _bucketed(
             q,
             k,
             v,
-            attn_mask=None if window is None else _window_mask(length, window),
+            attn_mask=None if window is None else _window_mask(length, window, query.device),
             is_causal=window is None,
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -114,9 +124,10 @@ def _bucketed(
     return torch.cat(outputs)[packing.inverse][None]
 
 
-def _window_mask(length: int, window: int) -> Tensor:
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     """[L, L] bool: each token sees itself and the `window - 1` before it."""
-    distance = torch.arange(length)[:, None] - torch.arange(length)
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place
     return (distance >= 0) & (distance < window)
 
 

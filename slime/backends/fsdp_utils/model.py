@@ -54,7 +54,7 @@ class TokenModel(nn.Module):
             position_ids=batch.position_ids[None],
             attention_mask=None,
             use_cache=False,  # with a cache transformers would take the pack for one sequence
-            packing=attention.packing_of(batch.sequence_lengths, batch.input_ids.device),
+            packing=attention.Packing(batch.sequence_lengths, batch.input_ids.device),
         )
         return output.last_hidden_state[0]
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from slime.backends.fsdp_utils.attention import packed_attention, packing_of
+from slime.backends.fsdp_utils.attention import Packing, packed_attention
 
 CPU = torch.device("cpu")
 LENGTHS = [
@@ -50,7 +50,7 @@ def test_output_and_gradients_equal_softmax_written_out(
 ) -> None:
     inputs = qkv(sum(lengths), query_heads=query_heads, key_heads=key_heads)
     ours, _ = packed_attention(
-        nn.Module(), *inputs, None, scaling=0.3, sliding_window=window, packing=packing_of(lengths, CPU)
+        nn.Module(), *inputs, None, scaling=0.3, sliding_window=window, packing=Packing(lengths, CPU)
     )
     theirs = reference(*inputs, lengths, window, 0.3)
     torch.testing.assert_close(ours, theirs)
@@ -63,13 +63,13 @@ def test_output_and_gradients_equal_softmax_written_out(
 
 def test_the_default_scale_is_that_of_the_head_width() -> None:
     inputs = qkv(6)
-    ours, _ = packed_attention(nn.Module(), *inputs, None, packing=packing_of([4, 2], CPU))
+    ours, _ = packed_attention(nn.Module(), *inputs, None, packing=Packing([4, 2], CPU))
     torch.testing.assert_close(ours, reference(*inputs, [4, 2], None, 8**-0.5))
 
 
 def test_a_window_longer_than_every_sequence_is_none() -> None:
     inputs = qkv(9)
-    packing = packing_of([4, 5], CPU)
+    packing = Packing([4, 5], CPU)
     windowed, _ = packed_attention(nn.Module(), *inputs, None, sliding_window=5, packing=packing)
     plain, _ = packed_attention(nn.Module(), *inputs, None, packing=packing)
     assert torch.equal(windowed, plain)
@@ -77,7 +77,7 @@ def test_a_window_longer_than_every_sequence_is_none() -> None:
 
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=20))
 def test_buckets_hold_every_token_once_and_little_padding(lengths: list[int]) -> None:
-    packing = packing_of(lengths, CPU)
+    packing = Packing(lengths, CPU)
     positions = torch.cat([bucket.packed for bucket in packing.buckets])
     assert sorted(positions.tolist()) == list(range(sum(lengths)))
     assert torch.equal(positions[packing.inverse], torch.arange(sum(lengths)))
@@ -94,4 +94,4 @@ def test_a_model_that_swallows_keyword_arguments_is_refused() -> None:
 
 def test_capped_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="caps attention scores"):
-        packed_attention(nn.Module(), *qkv(4), None, softcap=30.0, packing=packing_of([4], CPU))
+        packed_attention(nn.Module(), *qkv(4), None, softcap=30.0, packing=Packing([4], CPU))
