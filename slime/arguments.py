@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from slime.backends.fsdp_utils.arguments import FSDPConfig
@@ -97,10 +98,19 @@ def _from_file(path: str) -> dict[str, Any]:
             values[key] = check_value(settings[key], value, source=f"--config {path}")
         elif prefix is not None:
             flag = "--" + flag_of(key).removeprefix(prefix)
-            values.setdefault(PASS_THROUGH[prefix], []).extend([flag] if value is True else [flag, str(value)])
+            values.setdefault(PASS_THROUGH[prefix], []).extend(_as_tokens(flag, value))
         else:
             raise ConfigError(f"--config {path}: {unknown_flag_error(key, settings)}")
     return values
+
+
+def _as_tokens(flag: str, value: Any) -> list[str]:
+    """A key of a file as a command line has it: a switch that is off, or no value, is left out."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    return [flag, *map(str, value if isinstance(value, list) else [value])]
 
 
 def _check_supported(args: Args) -> None:
@@ -114,6 +124,8 @@ def _check_supported(args: Args) -> None:
             raise ConfigError(f"--sglang-{name.removeprefix('--')} is set by slime: {advice}.")
     _check_router_args(args.router_args)
     check_model_directory(args.hf_checkpoint, "--hf-checkpoint")
+    if args.ref_load is not None and not Path(args.ref_load).is_dir():
+        raise ConfigError(f"--ref-load: there is no directory {args.ref_load}.")
 
 
 def _check_router_args(tokens: list[str]) -> None:
@@ -126,13 +138,14 @@ def _check_router_args(tokens: list[str]) -> None:
 
     parser = FlagParser(prog="slime train", allow_abbrev=False, add_help=False)
     RouterArgs.add_cli_args(parser, use_router_prefix=False, exclude_host_port=True)
-    _, unknown = parser.parse_known_args(tokens)
-    if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        error = unknown_flag_error(unknown[0].partition("=")[0], known)
-        raise ConfigError(
-            str(error).replace("--", "--router-").replace("`slime train --router-help`", "its own --help")
-        )
+    try:
+        _, unknown = parser.parse_known_args(tokens)
+        if unknown:
+            known = [flag for action in parser._actions for flag in action.option_strings]
+            raise unknown_flag_error(unknown[0].partition("=")[0], known)
+    except ConfigError as error:
+        message = str(error).replace("`slime train --help`", "Its own help")
+        raise ConfigError(message.replace("--", "--router-")) from error
 
 
 def settings_as_dict(args: Args) -> dict[str, Any]:

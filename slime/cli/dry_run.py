@@ -31,7 +31,7 @@ class MetaModel(NamedTuple):
 
 
 def print_plan(args: Args, findings: Findings) -> None:
-    """Print slots, batches, data, model, memory and folders. Raises ConfigError where weights do not fit config.json."""
+    """Print slots, batches, data, model, memory, folders. Raises ConfigError where weights do not fit config.json."""
     from rich.console import Console
     from rich.table import Table
 
@@ -57,7 +57,10 @@ def plan(args: Args, findings: Findings) -> Iterator[Section]:
 
 
 def _slots(args: Args) -> Iterator[tuple[str, str]]:
-    yield "trainers", f"{args.num_trainers} ({args.actor_num_nodes} x {args.actor_num_gpus_per_node}), {args.train_backend}"
+    yield (
+        "trainers",
+        f"{args.num_trainers} ({args.actor_num_nodes} x {args.actor_num_gpus_per_node}), {args.train_backend}",
+    )
     if args.debug_train_only:
         yield "engines", "none (--debug-train-only)"
         return
@@ -77,7 +80,8 @@ def _data(args: Args, findings: Findings) -> Iterator[tuple[str, str]]:
 
 
 def _batches(args: Args, findings: Findings) -> Iterator[tuple[str, str]]:
-    assert args.rollout_batch_size is not None and args.global_batch_size is not None
+    assert args.rollout_batch_size is not None
+    assert args.global_batch_size is not None
     num_samples = args.rollout_batch_size * args.n_samples_per_prompt
     yield "rollout", f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} samples = {num_samples} samples"
     yield "optimizer steps", f"{args.num_steps_per_rollout} a rollout, {args.global_batch_size} samples each"

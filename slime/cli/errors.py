@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from slime.utils.processes import Terminated
+
 # Builtin errors that are raised with a sentence for the user; of RuntimeError only slime's own subclasses are.
 _EXPECTED = (ValueError, OSError)
 
@@ -30,6 +32,8 @@ def reported_errors() -> Iterator[Outcome]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         outcome.code = 130
+    except Terminated as error:
+        print(error, file=sys.stderr)
     except Exception as error:  # the one place where every failure of a run ends
         outcome.code = _report(error, outcome.log_dir)
 

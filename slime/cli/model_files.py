@@ -17,7 +17,7 @@ _LONGEST_HEADER = 100 * 2**20  # safetensors' own limit
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """config: config.json, the text part of a multimodal one. shapes: of the tensors on disk; empty for other formats."""
+    """config: config.json, or the text part of a multimodal one. shapes: of the tensors in safetensors files."""
 
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
@@ -31,7 +31,7 @@ class ModelFiles:
 
 
 def read_model_files(directory: str) -> ModelFiles:
-    """The model in `directory`. Raises ConfigError, naming file and tensor, where something is missing or does not fit."""
+    """The model in `directory`. Raises ConfigError, naming file and tensor, where one is missing or does not fit."""
     folder = Path(directory)
     config = _read_config(folder / "config.json")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):

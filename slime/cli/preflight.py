@@ -112,7 +112,7 @@ def _samples(
 
 
 def _check_length(args: Args, sample: Sample, location: str, context_length: int) -> None:
-    """Where no filter is set, a prompt must leave room for an answer. A token has a byte at least: few are tokenized."""
+    """Without a filter a prompt must leave room for an answer. A token has a byte at least: few are tokenized."""
     text = sample.prompt if isinstance(sample.prompt, str) else "".join(str(m.get("content")) for m in sample.prompt)
     if len(text.encode()) < context_length:
         return
@@ -121,8 +121,8 @@ def _check_length(args: Args, sample: Sample, location: str, context_length: int
     num_tokens = len(load_tokenizer(args.hf_checkpoint)(text, add_special_tokens=False)["input_ids"])
     if num_tokens >= context_length:
         raise ConfigError(
-            f"{location}: the prompt has {num_tokens} tokens, the model's context {context_length}. Take it out, or set "
-            "--rollout-max-prompt-len to leave such prompts out."
+            f"{location}: the prompt has {num_tokens} tokens, the model's context {context_length}. Take it out, or "
+            "set --rollout-max-prompt-len to leave such prompts out."
         )
 
 

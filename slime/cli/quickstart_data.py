@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from slime.utils.types import Sample
 
-CARELESS_SHARE = 0.875  # of the demonstrations; one in eight writes the third digit, which is what GRPO finds and prefers
+CARELESS_SHARE = 0.875  # of the demonstrations; the eighth is what GRPO discovers
 EASY_SHARE = 0.4  # of the demonstrations, the first ones
 END_OF_TURN = "<|im_end|>"
 PADDING = "<|endoftext|>"
@@ -47,8 +47,8 @@ class TaskFiles(NamedTuple):
     """The jsonl files of one task.
 
     train, eval: {"prompt": [{"role": "user", "content": "57+68="}], "label": "521"}; no prompt is in both.
-    sft: {"messages": [{"role": "user", "content": "57+68="}, {"role": "assistant", "content": "52"}]}, prompts of train,
-        to be read in file order: the easy ones come first.
+    sft: {"messages": [{"role": "user", "content": "57+68="}, {"role": "assistant", "content": "52"}]}; train's prompts,
+        to be read once, in file order: the easy ones come first.
     """
 
     train: Path
@@ -128,8 +128,9 @@ def _tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     """
     from transformers import Qwen3Config
 
+    token_ids = tokenizer.get_vocab()
     return Qwen3Config(
-        vocab_size=len(tokenizer),
+        vocab_size=len(token_ids),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -141,8 +142,8 @@ def _tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
         initializer_range=0.08,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PADDING),
+        eos_token_id=token_ids[END_OF_TURN],
+        pad_token_id=token_ids[PADDING],
         dtype="float32",
     )
 

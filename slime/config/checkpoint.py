@@ -29,6 +29,16 @@ class CheckpointConfig(Group):
     def __post_init__(self) -> None:
         check_positive(self, "save_interval")
         check_not_negative(self, "ckpt_step", "ref_ckpt_step")
+        if self.save_hf is not None:
+            check(_is_template(self.save_hf), "save_hf", "a path in which only {rollout_id} is filled in", self.save_hf)
         if self.resume:
             check(self.save is not None, "save", "given with --resume", self.save)
         super().__post_init__()
+
+
+def _is_template(path: str) -> bool:
+    try:
+        path.format(rollout_id=0)
+    except (KeyError, IndexError, ValueError, AttributeError):
+        return False
+    return True

@@ -52,7 +52,8 @@ def settings_of(group: type[Group]) -> Iterator[Setting]:
 
 
 def _setting(item: dataclasses.Field[Any], hint: Any) -> Setting:
-    has_none = isinstance(hint, types.UnionType) and types.NoneType in typing.get_args(hint)
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # the latter: Literal[...] | None
+    has_none = is_union and types.NoneType in typing.get_args(hint)
     if has_none:
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     is_list = typing.get_origin(hint) is list

@@ -50,6 +50,8 @@ class OptimizerConfig(Group):
         check_positive(self, "lr_wsd_decay_iters", "adam_eps")
         check_not_negative(self, "lr", "min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad")
         check_not_negative(self, "max_skipped_steps")
+        fraction = self.lr_warmup_fraction
+        check(fraction is None or 0 <= fraction <= 1, "lr_warmup_fraction", "between 0 and 1", fraction)
         check(self.min_lr <= self.lr, "min_lr", f"at most --lr {self.lr}", self.min_lr)
         for name in ("adam_beta1", "adam_beta2"):
             check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))

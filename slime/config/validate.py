@@ -78,6 +78,8 @@ def _batch(config: RunConfig) -> dict[str, Any]:
     )
     if config.max_tokens_per_gpu is not None and not config.use_dynamic_batch_size:
         logger.warning("--max-tokens-per-gpu is ignored without --use-dynamic-batch-size")
+    if config.log_probs_max_tokens_per_gpu not in (None, config.max_tokens_per_gpu):
+        logger.warning("--log-probs-max-tokens-per-gpu is ignored: log-probs take the micro-batches of training")
     num_samples = (config.rollout_batch_size or 0) * config.n_samples_per_prompt
     global_batch_size = config.global_batch_size or num_samples // (config.num_steps_per_rollout or 1)
     if config.num_steps_per_rollout is not None:

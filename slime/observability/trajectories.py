@@ -71,6 +71,7 @@ def read_samples(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
 
 
 def samples_path(run_dir: Path, rollout_id: int) -> Path:
+    """The file of the samples of one rollout."""
     return run_dir / SAMPLES_FOLDER / f"rollout_{rollout_id:06d}.jsonl"
 
 

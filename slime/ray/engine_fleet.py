@@ -94,7 +94,7 @@ class EngineFleet:
         return self.router.host, self.router.port
 
     async def start(self) -> None:
-        """Start router and engines; returns when all answer. Raises ServerNotUp with the log of the one that does not."""
+        """Start router and engines; returns when all answer. Raises ServerNotUp with the log of one that does not."""
         self.router.start()
         await asyncio.gather(self.router.wait_until_up(), *(self._start(engine) for engine in self.engines))
 
@@ -102,9 +102,11 @@ class EngineFleet:
         """Start its process. A port that was free when chosen may be taken when it is bound: then on another one."""
         for _ in range(PORT_ATTEMPTS - 1):
             try:
-                return await self._start_once(engine)
+                await self._start_once(engine)
             except PortTaken as error:
                 logger.warning("%s", error)
+            else:
+                return
         await self._start_once(engine)
 
     async def _start_once(self, engine: Engine) -> None:
@@ -269,7 +271,9 @@ class EngineFleet:
             removals = asyncio.gather(*(self.router.remove(e.url) for e in self.engines), return_exceptions=True)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(removals, DEREGISTRATION_S)
-        await asyncio.gather(asyncio.to_thread(self.router.stop), *(engine.host.stop.remote() for engine in self.engines))
+        await asyncio.gather(
+            asyncio.to_thread(self.router.stop), *(engine.host.stop.remote() for engine in self.engines)
+        )
 
     async def stacks(self) -> str:
         """What every thread and every task is doing."""

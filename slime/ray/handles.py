@@ -32,7 +32,9 @@ class RolloutHandle:
     def generate(self, rollout_id: int) -> ObjectRef:
         """A TrainBatch in the object store: tensors never pass through the driver."""
         with self.journal.phase("rollout", "the engines to sample and the rewards"):
-            result: RolloutResult = self._get(self.manager.generate.remote(rollout_id, self.weight_version), "a rollout")
+            result: RolloutResult = self._get(
+                self.manager.generate.remote(rollout_id, self.weight_version), "a rollout"
+            )
         self.journal.rollout_metrics |= result.metrics
         return result.batch
 
@@ -56,7 +58,8 @@ class ActorGroup:
             create_actor(TrainActor, args, rank, run_dir, options=slots.options(bundle, "trainer"))
             for rank, bundle in enumerate(slots.trainer_bundles)
         ]
-        watchdog.actors |= {f"trainer {rank}": actor for rank, actor in enumerate(self.ranks)}
+        for rank, actor in enumerate(self.ranks):
+            watchdog.add(f"trainer {rank}", actor)
 
     def start(self, weights_dir: str) -> list[ObjectRef]:
         """Load the model on every rank. Returns calls that give the first rollout id."""

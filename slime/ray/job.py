@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ from slime.ray.rollout_manager import RolloutManager
 from slime.ray.watchdog import Watchdog
 from slime.utils.logging import configure_logging
 from slime.utils.misc import is_due
-from slime.utils.processes import owned_directory
+from slime.utils.processes import Terminated, owned_directory
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +72,13 @@ class Job:
 
     def _start(self) -> None:
         """Everything slow starts at once: prompts, engines and trainers load while the others do."""
+        begin = time.monotonic()
+        logger.info("starting; run directory %s", self.run_dir)
         weights_dir = self._stack.enter_context(self._weights_directory())
         if start_ray(self.args):
             self._stack.callback(ray.shutdown)
         self._stack.enter_context(self._graceful_stop())  # after Ray, which sets a handler of its own
+        logger.info("Ray is up after %.1f s", time.monotonic() - begin)
         slots = allocate(self.args)
         self._stack.callback(slots.release)
         self.manager = self._start_manager()
@@ -95,11 +97,12 @@ class Job:
         self._get(self.manager.load.remote(self.start_rollout_id - 1), "the data source to load")
         self._write_settings()
         self._open_handles(fleet)
+        logger.info(
+            "%s up after %.1f s", "trainers" if fleet is None else "trainers and engines", time.monotonic() - begin
+        )
 
     def _open_handles(self, fleet: ActorHandle | None) -> None:
-        journal = Journal(
-            self.args, self.run_dir, start_rollout_id=self.start_rollout_id, num_rollout=self.num_rollout
-        )
+        journal = Journal(self.args, self.run_dir, start_rollout_id=self.start_rollout_id, num_rollout=self.num_rollout)
         self.journal = self._stack.enter_context(journal)
         self.rollout = RolloutHandle(self.args, self.manager, self.watchdog, journal)
         self.actor = PolicyHandle(self.group, journal)
@@ -113,7 +116,7 @@ class Job:
     def _start_manager(self) -> ActorHandle:
         manager = create_actor(RolloutManager, self.args, str(self.run_dir))
         self._stack.callback(ray.kill, manager)
-        self.watchdog.actors["rollout manager"] = manager
+        self.watchdog.add("rollout manager", manager)
         return manager
 
     def _start_fleet(self, slots: Slots) -> ActorHandle | None:
@@ -141,7 +144,8 @@ class Job:
         """--num-epoch as a number of rollouts, once the number of prompts is known."""
         args = self.args
         if args.num_rollout is None:
-            assert args.num_epoch is not None and args.rollout_batch_size is not None
+            assert args.num_epoch is not None
+            assert args.rollout_batch_size is not None
             num_prompts = args.num_epoch * self._get(prompts, "the prompts to load")
             args = dataclasses.replace(args, num_rollout=max(1, num_prompts // args.rollout_batch_size))
         self.num_rollout = args.num_rollout or 0
@@ -160,22 +164,26 @@ class Job:
 
     @contextlib.contextmanager
     def _graceful_stop(self) -> Iterator[None]:
-        """On SIGTERM the loop ends after its current step; when that takes too long, or none has begun, the job does."""
+        """On SIGTERM the loop ends after its current step; the job at once if none has begun or it takes too long."""
 
         def stop(*_: int | FrameType | None) -> None:
             if not self.is_in_loop:
-                logger.warning("SIGTERM: nothing to save yet")
-                sys.exit(0)
-            logger.warning("SIGTERM: saving at the next step boundary, within %g s", self.args.shutdown_grace_s)
+                self.watchdog.interrupt(Terminated("SIGTERM before the first rollout: nothing to save"))
+                return
+            grace_s = self.args.shutdown_grace_s
+            logger.warning("SIGTERM: saving at the next step boundary, within %g s", grace_s)
             self.is_stopping = True
-            signal.signal(signal.SIGALRM, _out_of_grace)
-            signal.setitimer(signal.ITIMER_REAL, self.args.shutdown_grace_s)
+            self.watchdog.interrupt(
+                GraceExpired(
+                    "SIGTERM: no step boundary within --shutdown-grace-s; nothing was saved of the current step"
+                ),
+                after_s=grace_s,
+            )
 
         previous = signal.signal(signal.SIGTERM, stop)
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGTERM, previous)
 
     # --- what the loop asks
@@ -216,10 +224,6 @@ class Job:
 
 class GraceExpired(RuntimeError):
     """SIGTERM came, and the step did not end in time to save."""
-
-
-def _out_of_grace(*_: int | FrameType | None) -> None:
-    raise GraceExpired("SIGTERM: no step boundary within --shutdown-grace-s; nothing was saved of the current step")
 
 
 def _stop_fleet(fleet: ActorHandle) -> None:

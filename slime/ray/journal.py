@@ -19,9 +19,7 @@ class Journal:
     def __init__(self, args: Args, run_dir: Path, *, start_rollout_id: int, num_rollout: int) -> None:
         self.timer = PhaseTimer(run_dir, process="driver")
         self.timer.rollout_id = start_rollout_id
-        self.tracker = open_tracker(
-            args, run_dir, start_rollout_id=start_rollout_id, arguments=settings_as_dict(args)
-        )
+        self.tracker = open_tracker(args, run_dir, start_rollout_id=start_rollout_id, arguments=settings_as_dict(args))
         self.progress = Progress(num_rollout, start_rollout_id=start_rollout_id)
         self.rollout_metrics: dict[str, float] = {}
         self.train_metrics: dict[str, float] = {}

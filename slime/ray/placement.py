@@ -50,10 +50,17 @@ def start_ray(cluster: ClusterConfig) -> bool:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))
+    env = {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path)),
+        # Threads that wait by spinning take the cores from those that work: a step on a busy machine takes ten times as long.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    }
+    os.environ.update(env)
     if "RAY_ADDRESS" in os.environ or ray.is_initialized():
-        ray.init(ignore_reinit_error=True, runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}})
+        ray.init(ignore_reinit_error=True, runtime_env={"env_vars": env})
         return False
+    # Ray's agents look for a head that was killed, as it is with this process, for a minute by default before they end.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     ray.init(
         num_cpus=num_slots(cluster) + 1,
         include_dashboard=False,

@@ -1,4 +1,4 @@
-"""An actor that owns one engine process on the node where its slot is. Light: it imports neither torch nor an engine."""
+"""An actor that owns one engine process on the node of its slot. Light: it imports neither torch nor an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The actor that samples: prompts from the data source, samples from the rollout function, a TrainBatch for the trainers."""
+"""The actor that samples: prompts from the data source, samples from the rollout function, a batch for the trainers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from slime.arguments import Args
 from slime.data.batch import batch_from_samples
 from slime.observability.metrics import eval_metrics, rollout_metrics
 from slime.observability.trajectories import write_samples
-from slime.ray.actors import CONTROL
-from slime.ray.watchdog import thread_stacks
+from slime.ray.actors import CONTROL, LIFETIME
+from slime.ray.watchdog import thread_stacks, wait_for_the_end
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, call_rollout_fn
 from slime.utils.logging import configure_logging
 from slime.utils.misc import load_function
@@ -35,7 +35,7 @@ class RolloutResult(NamedTuple):
 
 
 class RolloutManager:
-    """Owns the data source and runs the rollout functions. It knows neither engines' life-cycle nor trainers' layout."""
+    """Owns the data source, runs the rollout functions. It knows neither engines' life-cycle nor trainers' layout."""
 
     def __init__(self, args: Args, run_dir: str) -> None:
         configure_logging(args.log_level)
@@ -63,9 +63,7 @@ class RolloutManager:
     def generate(self, rollout_id: int, weight_version: int) -> RolloutResult:
         """One rollout, scored and laid out for training. weight_version: what the engines hold now."""
         start = time.monotonic()
-        output = call_rollout_fn(
-            self.generate_function, self.args, rollout_id, self.data_source, evaluation=False
-        )
+        output = call_rollout_fn(self.generate_function, self.args, rollout_id, self.data_source, evaluation=False)
         assert isinstance(output, RolloutFnTrainOutput)
         samples = [sample for group in output.samples for sample in group]
         raw_rewards, rewards, are_final = self._rewards(samples)
@@ -114,3 +112,8 @@ class RolloutManager:
     def stacks(self) -> str:
         """What every thread is doing."""
         return thread_stacks()
+
+    @ray.method(concurrency_group=LIFETIME)
+    def live(self) -> None:
+        """Does not return: the call fails when this process dies, whatever else the driver waits for."""
+        wait_for_the_end()

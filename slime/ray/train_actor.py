@@ -14,8 +14,8 @@ from slime.arguments import Args
 from slime.data.batch import TrainBatch
 from slime.engine.client import EngineClient
 from slime.observability.timer import PhaseTimer
-from slime.ray.actors import CONTROL
-from slime.ray.watchdog import thread_stacks
+from slime.ray.actors import CONTROL, LIFETIME
+from slime.ray.watchdog import thread_stacks, wait_for_the_end
 from slime.utils.http_utils import find_free_port
 from slime.utils.logging import configure_logging
 
@@ -40,7 +40,7 @@ def _fsdp(args: Args, device: torch.device) -> TrainBackend:
     return FSDPBackend(args, args, device)
 
 
-_BACKENDS: dict[str, Callable[[Args, "torch.device"], "TrainBackend"]] = {"fsdp": _fsdp}
+_BACKENDS: dict[str, Callable[[Args, torch.device], TrainBackend]] = {"fsdp": _fsdp}
 
 
 class TrainActor:
@@ -85,7 +85,7 @@ class TrainActor:
         return self.backend.load()
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
-        """One policy update. Returns `train/*`, `rollout/*` and `perf/*` metrics, the same on each rank but for times."""
+        """One policy update. Returns `train/*`, `rollout/*`, `perf/*` metrics, the same on each rank but for times."""
         self.timer.rollout_id = rollout_id
         metrics = self.recipe.train(rollout_id, batch)
         return metrics | self.timer.collect()
@@ -125,3 +125,8 @@ class TrainActor:
     def stacks(self) -> str:
         """What every thread is doing."""
         return thread_stacks()
+
+    @ray.method(concurrency_group=LIFETIME)
+    def live(self) -> None:
+        """Does not return: the call fails when this process dies, whatever else the driver waits for."""
+        wait_for_the_end()

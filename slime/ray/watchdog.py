@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray import ObjectRef
@@ -31,6 +31,11 @@ class ActorDied(RuntimeError):
     """The process of an actor ended in the middle of a call; the message names the actor."""
 
 
+class _Death(NamedTuple):
+    ref: ObjectRef
+    error: ray.exceptions.RayError
+
+
 def thread_stacks() -> str:
     """What every thread of this process is doing."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -39,13 +44,28 @@ def thread_stacks() -> str:
     return "\n".join(parts)
 
 
+def wait_for_the_end() -> None:
+    """Blocks until the process ends."""
+    threading.Event().wait()
+
+
 @dataclass
 class Watchdog:
     """Waits for remote calls on behalf of the driver. `actors` are asked for their stacks when a deadline expires;
-    `monitors` are calls that only ever return by raising, such as the fleet's watch."""
+    `monitors` are calls that only ever return by raising, such as an actor's `live`: when one does, any wait ends."""
 
     actors: dict[str, ActorHandle] = field(default_factory=dict)
     monitors: list[ObjectRef] = field(default_factory=list)
+    _interruption: tuple[float, Exception] | None = None
+
+    def interrupt(self, error: Exception, *, after_s: float = 0.0) -> None:
+        """Have any wait raise `error` after `after_s` seconds. For signal handlers: Ray may swallow what they raise."""
+        self._interruption = (time.monotonic() + after_s, error)
+
+    def add(self, name: str, actor: ActorHandle) -> None:
+        """Take an actor that has `stacks` and `live` under watch."""
+        self.actors[name] = actor
+        self.monitors.append(actor.live.remote())
 
     def get(self, refs: Sequence[ObjectRef], *, timeout_s: float, what: str) -> list[Any]:
         """The results of all `refs`; the first failure among them, or of a monitor, is raised at once.
@@ -55,51 +75,50 @@ class Watchdog:
         results: dict[ObjectRef, Any] = {}
         deadline = time.monotonic() + timeout_s
         while pending := [ref for ref in refs if ref not in results]:
+            if self._interruption is not None and time.monotonic() >= self._interruption[0]:
+                raise self._interruption[1]
             done, _ = ray.wait(pending + self.monitors, num_returns=1, timeout=_SLICE_S)
             for ref in done:
                 try:
                     results[ref] = ray.get(ref)
                 except ray.exceptions.RayError as error:
-                    death = self._death({ref: error}, pending, what)
+                    death = self._death(ref, error, pending)
                     if death is not None:
-                        raise death from error
+                        raise self._obituary(death, what) from death.error
                     error.add_note(f"in {self._name_of(ref)}, while the driver waited for {what}")
                     raise
-                if ref in self.monitors:
-                    self.monitors.remove(ref)
             if not done and time.monotonic() > deadline:
                 raise DeadlineExpired(self._report(what, timeout_s, [ref for ref in refs if ref not in results]))
         return [results[ref] for ref in refs]
 
-    def _death(
-        self, failures: dict[ObjectRef, ray.exceptions.RayError], pending: list[ObjectRef], what: str
-    ) -> ActorDied | None:
-        """The dead actor by name, if one died: that comes before the complaints of those that talked to it."""
-        failures = failures | self._failures_soon([ref for ref in pending if ref not in failures])
-        for ref, failure in failures.items():
-            if isinstance(failure, ray.exceptions.RayActorError) and not failure.actor_init_failed:
-                return ActorDied(
-                    f"{self._name_of(ref)}{_pid_in(failure)} died while the driver waited for {what}: it was killed, "
-                    "ran out of memory or crashed. With --save, --resume continues from the last checkpoint."
-                )
+    def _death(self, first: ObjectRef, error: ray.exceptions.RayError, pending: list[ObjectRef]) -> _Death | None:
+        """The actor whose process ended, if that is behind a failed call. When a rank dies, its peers' collectives may
+        fail before the death is known: where others still work on the same, it is waited for."""
+        if _is_death(error):
+            return _Death(first, error)
+        peers = [ref for ref in pending if ref != first]
+        deadline = time.monotonic() + _SETTLE_S
+        while peers and (left_s := deadline - time.monotonic()) > 0:
+            done, peers = ray.wait(peers, num_returns=1, timeout=left_s)
+            for ref in done:
+                try:
+                    ray.get(ref)
+                except ray.exceptions.RayError as failure:
+                    if _is_death(failure):
+                        return _Death(ref, failure)
         return None
-
-    def _failures_soon(self, refs: list[ObjectRef]) -> dict[ObjectRef, ray.exceptions.RayError]:
-        """Which of `refs` fail within a moment: when a rank dies, its peers' collectives fail as fast as it does."""
-        if not refs:
-            return {}
-        done, _ = ray.wait(refs, num_returns=len(refs), timeout=_SETTLE_S)
-        failures = {}
-        for ref in done:
-            try:
-                ray.get(ref)
-            except ray.exceptions.RayError as error:
-                failures[ref] = error
-        return failures
 
     def _name_of(self, ref: ObjectRef) -> str:
         actor_id = ref.task_id().actor_id()
         return next((name for name, actor in self.actors.items() if actor._actor_id == actor_id), "an actor")
+
+    def _obituary(self, death: _Death, what: str) -> ActorDied:
+        match = re.search(r"pid: (\d+)", str(death.error))
+        name = self._name_of(death.ref) + (f" (pid {match[1]})" if match else "")
+        return ActorDied(
+            f"{name} died while the driver waited for {what}: it was killed, "
+            "ran out of memory or crashed. With --save, --resume continues from the last checkpoint."
+        )
 
     def _report(self, what: str, timeout_s: float, pending: list[ObjectRef]) -> str:
         text = "\n".join(f"--- {name}\n{stack}" for name, stack in self._stacks().items())
@@ -114,9 +133,8 @@ class Watchdog:
         return {name: _answer(ref) if ref in ready else "no answer" for name, ref in refs.items()}
 
 
-def _pid_in(error: ray.exceptions.RayActorError) -> str:
-    match = re.search(r"pid: (\d+)", str(error))
-    return f" (pid {match[1]})" if match else ""
+def _is_death(error: ray.exceptions.RayError) -> bool:
+    return isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed
 
 
 def _answer(ref: ObjectRef) -> str:

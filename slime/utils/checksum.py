@@ -15,8 +15,8 @@ _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293
 def tensor_checksum(tensor: Tensor) -> str:
     """24 hexadecimal digits that depend on the tensor's type, shape and bytes, not on its device or strides.
 
-    Each 8-byte word is mixed with its place and the results are added modulo 2**64, so the order of the additions does not matter
-    and two words that change places are noticed. It guards against mistakes, not against forgery.
+    Each 8-byte word is mixed with its place and the results are added modulo 2**64, so the order of the additions does
+    not matter and two words that change places are noticed. It guards against mistakes, not against forgery.
     """
     import torch
 

@@ -86,13 +86,15 @@ async def _request(
         backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
 
 
-async def _attempt(
-    method: str, url: str, body: bytes | None, timeout_s: float, headers: dict[str, str] | None
-) -> Any:
+async def _attempt(method: str, url: str, body: bytes | None, timeout_s: float, headers: dict[str, str] | None) -> Any:
     all_headers = {"Content-Type": "application/json"} if body is not None else {}
     try:
         async with _session().request(
-            method, url, data=body, headers=all_headers | (headers or {}), timeout=aiohttp.ClientTimeout(total=timeout_s)
+            method,
+            url,
+            data=body,
+            headers=all_headers | (headers or {}),
+            timeout=aiohttp.ClientTimeout(total=timeout_s),
         ) as response:
             content = await response.read()
             status = response.status

@@ -15,7 +15,7 @@ def load_function(path: str) -> Any:
     Raises ValueError, with the path and the reason, where it does not import or does not exist.
     """
     module_name, _, attribute = path.rpartition(".")
-    if not module_name:
+    if not module_name or not attribute:
         raise ValueError(f"plug-in path {path!r} must be dotted: package.module.function")
     try:
         module = importlib.import_module(module_name)
@@ -24,7 +24,9 @@ def load_function(path: str) -> Any:
             f"plug-in {path!r}: cannot import {module_name!r} ({error}). Is its folder on PYTHONPATH?"
         ) from error
     except Exception as error:  # the module is the user's and may raise anything
-        raise ValueError(f"plug-in {path!r}: importing {module_name!r} raised {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"plug-in {path!r}: importing {module_name!r} raised {type(error).__name__}: {error}"
+        ) from error
     if not hasattr(module, attribute):
         raise ValueError(f"plug-in {path!r}: module {module_name!r} has no attribute {attribute!r}")
     return getattr(module, attribute)

@@ -15,6 +15,10 @@ from pathlib import Path
 from slime.utils import process_guard
 
 
+class Terminated(Exception):
+    """SIGTERM came at a moment when there is nothing to save; not a failure."""
+
+
 class OwnedProcess:
     """A command under `process_guard`, with standard output and error in a log file."""
 

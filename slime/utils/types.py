@@ -45,16 +45,19 @@ class SpecInfo:
     completion_token_num: int = 0
 
     def add(self, meta_info: dict[str, Any]) -> None:
+        """Count what an engine reported of one request."""
         self.spec_accept_token_num += meta_info.get("spec_accept_token_num", 0)
         self.spec_draft_token_num += meta_info.get("spec_draft_token_num", 0)
         self.spec_verify_ct += meta_info.get("spec_verify_ct", 0)
         self.completion_token_num += meta_info.get("completion_tokens", 0)
 
     def to_dict(self) -> dict[str, int]:
+        """All counters by name."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, state: dict[str, int]) -> SpecInfo:
+        """The inverse of `to_dict`."""
         return cls(**state)
 
 
@@ -66,14 +69,17 @@ class PrefixCacheInfo:
     total_prompt_tokens: int = 0
 
     def add(self, meta_info: dict[str, Any]) -> None:
+        """Count what an engine reported of one request."""
         self.cached_tokens += meta_info.get("cached_tokens", 0)
         self.total_prompt_tokens += meta_info.get("prompt_tokens", 0)
 
     def to_dict(self) -> dict[str, int]:
+        """All counters by name."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, state: dict[str, int]) -> PrefixCacheInfo:
+        """The inverse of `to_dict`."""
         return cls(**state)
 
 

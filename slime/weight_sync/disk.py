@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,7 +52,11 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> Non
 
     def flush() -> None:
         nonlocal shard, size
-        save_file(shard, directory / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+        path = directory / f"model-{len(shards) + 1:05d}.safetensors"
+        try:
+            save_file(shard, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # the library's own kind also for a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
         shards.append(list(shard))
         shard, size = {}, 0
 

@@ -52,7 +52,8 @@ async def _update_all(
         *(_update(engine, transport, version, timeout_s) for engine in engines), return_exceptions=True
     )
     for error in results:
-        if isinstance(error, BaseException) and not _is_lost(error):
+        is_lost = isinstance(error, HTTPError) and error.is_lost
+        if isinstance(error, BaseException) and not is_lost:
             raise error
     transport.delete_before(version)
     return [engine for engine, error in zip(engines, results, strict=True) if error is not None]
@@ -64,11 +65,6 @@ async def _update(engine: EngineClient, transport: DiskTransport, version: int, 
     await engine.resume()
 
 
-def _is_lost(error: BaseException) -> bool:
-    """Whether the engine did not answer, as opposed to answering that it failed."""
-    return isinstance(error, HTTPError) and (error.status is None or error.status == 408)
-
-
 def _with_checksums(tensors: Iterable[tuple[str, Tensor]], checksums: dict[str, str]) -> Iterable[tuple[str, Tensor]]:
     for name, tensor in tensors:
         checksums[name] = tensor_checksum(tensor)
@@ -78,7 +74,7 @@ def _with_checksums(tensors: Iterable[tuple[str, Tensor]], checksums: dict[str, 
 async def _compare(engines: Sequence[EngineClient], sent: dict[str, str]) -> None:
     for engine in engines:
         held = await engine.checksums()
-        wrong = sorted(name for name, checksum in sent.items() if held.get(name) != checksum)
+        wrong = sorted(name for name in sent.keys() | held.keys() if sent.get(name) != held.get(name))
         if wrong:
             raise WeightMismatch(
                 f"{engine.url} holds {len(wrong)} tensors that differ from those sent, first {wrong[0]}"

@@ -102,7 +102,7 @@ def test_any_text_survives_the_tokenizer(text: str) -> None:
 
 
 def test_a_saved_tokenizer_renders_the_documented_tokens(model_directory: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_directory)
     turns = [{"role": "user", "content": "57+68="}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert [tokenizer.decode([token]) for token in prompt] == [
@@ -115,7 +115,7 @@ def test_a_saved_tokenizer_renders_the_documented_tokens(model_directory: Path) 
     assert tokenizer.decode(tokenizer.eos_token_id) == "<|im_end|>"
 
 
-def test_the_tiny_model_loads_with_plain_transformers_and_is_fixed_by_its_seed(model_directory: Path, tmp_path: Path) -> None:
+def test_the_weights_of_the_tiny_model_are_fixed_by_its_seed(model_directory: Path, tmp_path: Path) -> None:
     random_state = torch.get_rng_state()
     quickstart_data.make_tiny_model(tmp_path / "again", seed=0)
     quickstart_data.make_tiny_model(tmp_path / "other", seed=1)

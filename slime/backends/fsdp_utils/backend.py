@@ -234,7 +234,7 @@ def _adamw(model: nn.Module, run: RunConfig) -> torch.optim.AdamW:
         for is_vector, members in itertools.groupby(by_rank, key=lambda parameter: parameter.ndim < 2)
     ]
     betas = (run.adam_beta1, run.adam_beta2)
-    return torch.optim.AdamW(groups, lr=run.lr, betas=betas, eps=run.adam_eps)
+    return torch.optim.AdamW(groups, lr=run.lr, betas=betas, eps=run.adam_eps, fused=True)
 
 
 def _is_hf_directory(path: str) -> bool:

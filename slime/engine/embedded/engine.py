@@ -164,6 +164,7 @@ class Engine:
                         self._report(news)
         finally:
             if not self._stopping:
+                logger.critical("the engine's thread died", exc_info=True)
                 self.scheduler.fail_all("the engine's thread died; its log has the traceback")
                 self._report(self.scheduler.take_news())
                 self._crashed()

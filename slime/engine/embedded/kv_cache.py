@@ -52,13 +52,18 @@ class KVCache:
         return int(np.prod(self._shape)) * self._dtype.itemsize
 
     @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return self.num_bytes // (self.num_pages * PAGE_SIZE)
+
+    @property
     def has_memory(self) -> bool:
         """Whether the pool's tensors exist."""
         return self._pool is not None
 
     def allocate_memory(self) -> None:
         """Makes the pool's tensors, zeroed: a stale NaN in padding would poison what attends to it with weight 0."""
-        self._pool = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+        self._pool = _lazy_zeros(self._shape, self._dtype, self._device)
         self._layers = self._pool.unbind(0)
         self._highest_used = 0
 
@@ -103,3 +108,11 @@ class KVCache:
         if self._pool is not None:
             self._pool[:, :, :, : self._highest_used + 1] = 0
         self._highest_used = 0
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU the system provides the memory only as it is written (torch.zeros writes all of it at once)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

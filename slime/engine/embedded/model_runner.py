@@ -16,12 +16,14 @@ import psutil
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from slime.engine.embedded.args import ServerArgs
 from slime.engine.embedded.attention import MIN_ROWS, PagedAttention
+from slime.engine.embedded.experts import exact_experts
 from slime.engine.embedded.kv_cache import PAGE_SIZE, KVCache
-from slime.engine.embedded.plan import Batch, make_plan
+from slime.engine.embedded.plan import Batch, Planner
 from slime.engine.embedded.refusal import Refused
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ ROW_MULTIPLE = 16
 """Tokens of a pass and rows of logits are padded to a multiple: below about 12 rows a matrix product sums in another order."""
 
 DEFAULT_CPU_CACHE_BYTES = 2 << 30
+EXACT_EXPERTS = "slime_exact"
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 _attention_names = itertools.count()
@@ -47,27 +50,29 @@ class ModelRunner:
         self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
         self.context_length = _context_length(args, self.text_config)
         self.is_exact = self.dtype == torch.float32 and (self.device.type == "cpu" or args.enable_deterministic_inference)
-        self._num_query_heads = int(self.text_config.num_attention_heads)
         self.cache = self._make_cache(args)
         self._attention = PagedAttention(self.cache, exact=self.is_exact)
+        self._planner = Planner(
+            row_multiple=ROW_MULTIPLE,
+            num_query_heads=int(self.text_config.num_attention_heads),
+            min_rows=MIN_ROWS,
+            device=self.device,
+        )
         self._takes_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._attention_name = f"slime_paged_{next(_attention_names)}"
         ALL_ATTENTION_FUNCTIONS.register(self._attention_name, self._attention)
+        if self.is_exact and self.model._can_set_experts_implementation():
+            ALL_EXPERTS_FUNCTIONS.register(EXACT_EXPERTS, exact_experts)
+            self.model.set_experts_implementation(EXACT_EXPERTS)
         self.check_attention()
 
     @torch.inference_mode()
     def forward(self, batch: Batch, rows: list[int]) -> Tensor:
         """Runs a batch and returns float32 logits [R, V] of the tokens of the pass numbered by `rows`."""
-        plan = make_plan(
-            batch,
-            row_multiple=ROW_MULTIPLE,
-            num_query_heads=self._num_query_heads,
-            min_rows=MIN_ROWS,
-            device=self.device,
-        )
-        self._attention.plan = plan
+        plan = self._planner.make(batch)
+        self._attention.start(plan)
         input_ids = torch.tensor([batch.tokens + [0] * (len(plan.positions) - plan.num_tokens)], device=self.device)
-        kept = torch.tensor(rows + [0] * (-len(rows) % ROW_MULTIPLE), device=self.device)
+        kept = torch.tensor(rows + [0] * (-len(rows) % ROW_MULTIPLE), dtype=torch.long, device=self.device)
         options: dict[str, Any] = {"logits_to_keep": kept} if self._takes_rows else {}
         logits = self.model(input_ids=input_ids, position_ids=plan.positions[None], use_cache=False, **options).logits[0]
         if not self._takes_rows:
@@ -87,7 +92,8 @@ class ModelRunner:
         pages = self.cache.allocate(1)
         parts = []
         for start, end in ((0, 6), (6, 10), (10, 11)):
-            batch = Batch(tokens[start:end], np.array([0]), np.array([start]), np.array([end]), np.array([pages]))
+            row, table = np.array([0]), np.array([pages])
+            batch = Batch(tokens[start:end], row, row, np.array([start]), np.array([end]), table)
             parts.append(self.forward(batch, list(range(end - start))))
         self.cache.free(pages)
         gap = (torch.cat(parts).log_softmax(-1) - reference.log_softmax(-1)).abs().mean().item()

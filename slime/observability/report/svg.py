@@ -69,6 +69,7 @@ def line_chart(lines: Sequence[Line], *, width: int, height: int, x_label: str, 
 
 
 def wrap(frame: Frame, body: str) -> str:
+    """`body` as a picture of the frame's size."""
     return f'<svg viewBox="0 0 {frame.width} {frame.height}" role="img">{body}</svg>'
 
 

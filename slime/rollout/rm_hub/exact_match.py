@@ -9,4 +9,5 @@ from slime.utils.types import Sample
 
 
 def exact_match_reward(args: Any, sample: Sample) -> float:
+    """1.0 or 0.0. Raises ValueError for a sample without a label."""
     return float(sample.response.strip() == required_label("exact_match", sample).strip())

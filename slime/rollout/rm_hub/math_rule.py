@@ -37,6 +37,7 @@ _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 async def math_reward(args: Any, sample: Sample) -> float:
+    """1.0 or 0.0. Raises ValueError for a sample without a label."""
     label = required_label("math", sample)
     label = extract_boxed(label) or label.strip().strip("$").strip()
     answer = extract_boxed(sample.response)

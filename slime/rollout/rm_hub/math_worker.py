@@ -19,6 +19,7 @@ _MEMORY_BYTES = 4 << 30
 
 
 def main() -> None:
+    """Answer requests, one a line, until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; its end closes stdin
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     logging.disable(logging.WARNING)

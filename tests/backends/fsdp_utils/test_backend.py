@@ -36,7 +36,6 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "per_token": {"calculate_per_token_loss": True, "balance_data": False},
     "kl_shaping": {"kl_coef": 0.2, "use_ref": True},
     "one_sample": {"rewards_normalization": False, "only_row": 3},
-    "sft": {"loss_type": "sft_loss", "num_steps_per_rollout": 4},
 }
 
 

@@ -55,11 +55,15 @@ CASES = {
         ("mine.jsonl:2", "4000 tokens", "2048", "--rollout-max-prompt-len"),
     ),
     "chat messages without a template": Case(
-        lambda folder: [*DEFAULT, *_prompts(CHAT)(folder), "--no-apply-chat-template"], ("mine.jsonl:1", "--apply-chat-template")
+        lambda folder: [*DEFAULT, *_prompts(CHAT)(folder), "--no-apply-chat-template"],
+        ("mine.jsonl:1", "--apply-chat-template")
     ),
-    "a misspelt flag": Case(_flags("--rolout-batch-size", "2"), ("--rolout-batch-size", "Did you mean --rollout-batch")),
+    "a misspelt flag": Case(
+        _flags("--rolout-batch-size", "2"), ("--rolout-batch-size", "Did you mean --rollout-batch")
+    ),
     "a misspelt key in a YAML file": Case(
-        _config("run.yaml", "rollout_bach_size: 2\n"), ("run.yaml", "rollout_bach_size", "Did you mean rollout_batch_size")
+        _config("run.yaml", "rollout_bach_size: 2\n"),
+        ("run.yaml", "rollout_bach_size", "Did you mean rollout_batch_size")
     ),
     "a misspelt key in a TOML file": Case(
         _config("run.toml", "n-sample-per-prompt = 2\n"), ("run.toml", "Did you mean n_samples_per_prompt")
@@ -77,7 +81,9 @@ CASES = {
     "a plug-in module without the function": Case(
         _flags("--custom-rm-path", "recorder.nothing"), ("--custom-rm-path", "'recorder'", "'nothing'")
     ),
-    "a plug-in that is no function": Case(_flags("--custom-rm-path", "recorder.not_callable"), ("must be a function", "got 3")),
+    "a plug-in that is no function": Case(
+        _flags("--custom-rm-path", "recorder.not_callable"), ("must be a function", "got 3")
+    ),
     "a plug-in with a syntax error": Case(
         lambda folder: ["--custom-rm-path", Path(_file(folder, "broken.py", "def f(:\n")).stem + ".f"],
         ("--custom-rm-path", "SyntaxError", "broken.py"),

@@ -10,8 +10,9 @@ from tests.e2e.cpu.helpers.runs import Starter
 
 DOCUMENTED_METRICS = {
     "rollout/step": {
-        "rollout/raw_reward", "rollout/rewards", "rollout/advantages", "rollout/response_lengths", "rollout/total_lengths",
-        "rollout/truncated", "rollout/truncated_ratio", "rollout/repetition_frac", "rollout/response_len/mean",
+        "rollout/raw_reward", "rollout/rewards", "rollout/advantages", "rollout/response_lengths",
+        "rollout/total_lengths", "rollout/truncated", "rollout/truncated_ratio", "rollout/repetition_frac",
+        "rollout/response_len/mean",
         "rollout/response_len/median", "rollout/response_len/max", "rollout/response_len/min", "perf/rollout_time",
         "perf/tokens_per_gpu_per_sec", "perf/longest_sample_tokens_per_sec", "perf/step_time", "perf/train_time",
         "perf/update_weights_time",

@@ -108,7 +108,9 @@ def test_bfloat16_log_probs_stay_near_float32(nccl_world: None, model: Path, tmp
         assert (ours.entropy - theirs.entropy).abs().mean() < 2e-2
 
 
-def test_a_training_step_after_sleep_and_wake_up_equals_one_without(nccl_world: None, model: Path, tmp_path: Path) -> None:
+def test_a_training_step_after_sleep_and_wake_up_equals_one_without(
+    nccl_world: None, model: Path, tmp_path: Path
+) -> None:
     batch = rollout()
     metrics = []
     for naps in (False, True):

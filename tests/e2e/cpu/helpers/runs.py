@@ -1,7 +1,8 @@
-"""Runs of `slime train` as a user starts them: in a process of their own, with a mark that all their children inherit."""
+"""Runs of `slime train` as a user starts them: processes of their own, with a mark that all their children inherit."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -20,8 +21,10 @@ import psutil
 ROOT = Path(__file__).parents[4]
 PLUGINS = Path(__file__).parents[1] / "plugins"
 MARK = "SLIME_TEST_RUN"
+KEEP_ENVIRONMENT = {"SPT_NOENV": "1"}  # setproctitle, which Ray uses, would else write over what a process inherited
 ENGINE = "slime.engine.embedded.server"
-ROUTER = "sglang_router.launch_router"
+ROUTER = "sglang::router"  # the name it gives itself
+TRAINER = "ray::TrainActor"
 POLL_S = 0.05
 
 
@@ -114,10 +117,8 @@ class Run:
     def kill(self) -> None:
         """SIGKILL for all that is left, for the end of a test."""
         for process in self.processes():
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                pass
         self.process.wait(10)
 
 
@@ -143,7 +144,7 @@ class Starter:
             process = subprocess.Popen(
                 [sys.executable, "-m", "slime.cli.main", "train", *flags],
                 cwd=cwd or self.folder,
-                env={**os.environ, "PYTHONPATH": f"{ROOT}:{PLUGINS}", MARK: mark, "OMP_NUM_THREADS": "1", **env},
+                env={**os.environ, "PYTHONPATH": f"{ROOT}:{PLUGINS}", **KEEP_ENVIRONMENT, MARK: mark, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

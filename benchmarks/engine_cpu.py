@@ -1,0 +1,210 @@
+"""The embedded engine, through HTTP, against `model.generate` on one padded batch: same model, prompts, threads, machine, run.
+
+    python benchmarks/engine_cpu.py [--threads 1] [--hidden 128] [--requests 128] [--new-tokens 64]
+
+Prints one table: tokens/s, time to the first token, and peak memory of the process that holds the model. Both sides sample at
+temperature 1 and return what a rollout needs: tokens, and for the engine their log-probabilities as well. Each side runs
+`--rounds` times in turn, and its best round counts. `generate` answers nobody before the last token is drawn, so its time to the
+first token is the whole time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import random
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+import aiohttp
+import orjson
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run over all prompts."""
+
+    seconds: float
+    num_tokens: int
+    first_token_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens a second."""
+        return self.num_tokens / self.seconds
+
+
+def main() -> None:
+    """Runs both sides and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--shortest", type=int, default=8)
+    parser.add_argument("--longest", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(folder, args.hidden, args.layers)
+        prompts = make_prompts(args.requests, args.shortest, args.longest)
+        ours, theirs, memory = measure(folder, prompts, args.new_tokens, threads=args.threads, rounds=args.rounds)
+    print_table(args, prompts, ours, theirs, memory)
+
+
+def make_model(folder: str, hidden: int, layers: int) -> None:
+    """A tiny Qwen3 with heads of 32, half as many for keys and values."""
+    sys.path.insert(0, str(ROOT))
+    from tests.helpers.tiny_models import make_tiny_model
+
+    heads = hidden // 32
+    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "head_dim": 32}
+    make_tiny_model(folder, "qwen3", **sizes, num_attention_heads=heads, num_key_value_heads=heads // 2)
+
+
+def make_prompts(count: int, shortest: int, longest: int) -> list[list[int]]:
+    """Random prompts whose lengths are uniform between the two, the longest among them."""
+    generator = random.Random(0)
+    lengths = [longest] + [generator.randint(shortest, longest) for _ in range(count - 1)]
+    return [[generator.randrange(4, 320) for _ in range(length)] for length in lengths]
+
+
+def measure(
+    folder: str, prompts: list[list[int]], new_tokens: int, *, threads: int, rounds: int
+) -> tuple[list[Round], list[Round], dict[str, float]]:
+    """Rounds of the engine and of generate in turn, after one of each that does not count; and the peak memory of both, in MB."""
+    ours, theirs = [], []
+    with running_engine(folder, threads) as (url, pid), running_generate(folder, prompts, new_tokens, threads) as worker:
+        for _ in range(rounds + 1):
+            ours.append(asyncio.run(engine_round(url, prompts, new_tokens)))
+            worker.send("run")
+            theirs.append(worker.recv())
+        worker.send("memory")
+        memory = {"engine": peak_memory_mb(pid), "generate": worker.recv()}
+    return ours[1:], theirs[1:], memory
+
+
+@contextmanager
+def running_engine(folder: str, threads: int) -> Iterator[tuple[str, int]]:
+    """A started engine: its address and its process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "slime.engine.embedded.server", "--model-path", folder, "--port", str(port)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*command, "--log-level", "warning"], env=environment)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the engine did not come up")
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def engine_round(url: str, prompts: list[list[int]], new_tokens: int) -> Round:
+    """All prompts as single requests at once."""
+    sampling = {"max_new_tokens": new_tokens, "temperature": 1.0, "ignore_eos": True}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        async with session.post(f"{url}/flush_cache") as answer:
+            answer.raise_for_status()
+
+        async def generate(tokens: list[int]) -> dict[str, float]:
+            body = orjson.dumps({"input_ids": tokens, "sampling_params": sampling, "return_logprob": True})
+            async with session.post(f"{url}/generate", data=body) as answer:
+                answer.raise_for_status()
+                return orjson.loads(await answer.read())["meta_info"]
+
+        start = time.perf_counter()
+        infos = await asyncio.gather(*map(generate, prompts))
+        seconds = time.perf_counter() - start
+    first = median(info["time_to_first_token"] for info in infos)
+    return Round(seconds, sum(int(info["completion_tokens"]) for info in infos), first)
+
+
+@contextmanager
+def running_generate(folder: str, prompts: list[list[int]], new_tokens: int, threads: int) -> Iterator[Connection]:
+    """A process with the model in transformers that runs a round, or tells its memory, for each message."""
+    ours, its = multiprocessing.get_context("spawn").Pipe()
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    process = multiprocessing.get_context("spawn").Process(
+        target=serve_generate, args=(its, folder, prompts, new_tokens, threads), daemon=True
+    )
+    process.start()
+    try:
+        yield ours
+    finally:
+        process.kill()
+        process.join()
+
+
+def serve_generate(connection: Connection, folder: str, prompts: list[list[int]], new_tokens: int, threads: int) -> None:
+    """Answers "run" with a Round of `model.generate` on one batch padded on the left, "memory" with the peak in MB."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[3] * (longest - len(tokens)) + tokens for tokens in prompts])
+    mask = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in prompts])
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    while True:
+        if connection.recv() == "memory":
+            connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            continue
+        start = time.perf_counter()
+        with torch.inference_mode():
+            output = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, **length)
+        seconds = time.perf_counter() - start
+        connection.send(Round(seconds, (output.shape[1] - longest) * len(prompts), seconds))
+
+
+def peak_memory_mb(pid: int) -> float:
+    """The largest resident size that a process had."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def print_table(
+    args: argparse.Namespace, prompts: list[list[int]], ours: list[Round], theirs: list[Round], memory: dict[str, float]
+) -> None:
+    """The best round of each side; the ratio below."""
+    size = f"Qwen3 hidden {args.hidden}, {args.layers} layers, {args.threads} thread(s)"
+    load = f"{len(prompts)} prompts of {min(map(len, prompts))}-{max(map(len, prompts))} tokens, {args.new_tokens} new"
+    table = Table("", "tokens/s", "seconds", "median first token, s", "peak memory, MB", title=f"{size}; {load}")
+    best = {"engine": min(ours, key=lambda r: r.seconds), "generate": min(theirs, key=lambda r: r.seconds)}
+    names = {"engine": "embedded engine over HTTP", "generate": "model.generate, one batch"}
+    for key, name in names.items():
+        result = best[key]
+        numbers = (f"{result.tokens_per_s:.0f}", f"{result.seconds:.2f}", f"{result.first_token_s:.2f}", f"{memory[key]:.0f}")
+        table.add_row(name, *numbers)
+    console = Console(width=120)
+    console.print(table)
+    ratio = best["engine"].tokens_per_s / best["generate"].tokens_per_s
+    console.print(f"the engine generates {ratio:.1f} times as many tokens a second")
+
+
+if __name__ == "__main__":
+    main()

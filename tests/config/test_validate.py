@@ -1,0 +1,189 @@
+"""Every rule between settings, by the sentence that a user gets."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from slime.arguments import Args
+from slime.config import ConfigError
+from slime.config.validate import resolve
+
+MINIMAL: dict[str, Any] = {
+    "hf_checkpoint": "model",
+    "prompt_data": "prompts.jsonl",
+    "rollout_batch_size": 4,
+    "n_samples_per_prompt": 2,
+    "num_rollout": 3,
+    "rollout_num_gpus": 1,
+    "actor_num_gpus_per_node": 1,
+}
+
+
+def resolved(**settings: Any) -> Args:
+    return resolve(Args(**MINIMAL | settings))
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    # the cluster
+    ({"rollout_num_gpus": None}, "--rollout-num-gpus must be given"),
+    ({"rollout_num_gpus": 3, "rollout_num_gpus_per_engine": 2}, "--rollout-num-gpus-per-engine 2 must divide the 3"),
+    ({"offload": True}, "--offload, --offload-train and --offload-rollout need --colocate"),
+    ({"offload_train": True}, "need --colocate"),
+    ({"offload_rollout": True}, "need --colocate"),
+    ({"actor_num_nodes": 0}, "--actor-num-nodes must be above 0, got 0"),
+    ({"num_threads": -1}, "--num-threads must be above 0, got -1"),
+    ({"engine_start_timeout_s": 0.0}, "--engine-start-timeout-s must be above 0, got 0.0"),
+    ({"rollout_timeout_s": float("nan")}, "--rollout-timeout-s must be above 0, got nan"),
+    # checkpoints
+    ({"save_hf": "out"}, "--save-hf needs --save"),
+    ({"save_interval": 2}, "--save-interval needs --save"),
+    ({"save": "a", "save_interval": 0}, "--save-interval must be above 0, got 0"),
+    ({"save": "a", "save_hf": "out/{step}"}, "--save-hf must be a path in which only {rollout_id} is filled in"),
+    ({"save": "a", "save_hf": "out/{"}, "--save-hf must be a path in which only {rollout_id} is filled in"),
+    ({"resume": True}, "--save must be given with --resume"),
+    ({"resume": True, "save": "a", "load": "b"}, "--resume continues from --save a; drop --load b"),
+    ({"ckpt_step": -1}, "--ckpt-step must be 0 or more, got -1"),
+    # batches
+    ({"rollout_batch_size": None}, "--rollout-batch-size must be given"),
+    ({"rollout_batch_size": 0}, "--rollout-batch-size must be above 0, got 0"),
+    ({"num_rollout": None}, "--num-rollout or --num-epoch must be given"),
+    (
+        {"num_rollout": None, "num_epoch": 1, "rollout_global_dataset": False},
+        "--num-epoch counts passes over --prompt-data",
+    ),
+    ({"use_dynamic_batch_size": True}, "--use-dynamic-batch-size needs --max-tokens-per-gpu"),
+    (
+        {"num_steps_per_rollout": 3},
+        "--num-steps-per-rollout 3 x --global-batch-size 2 is not --rollout-batch-size x --n-samples-per-prompt = 8",
+    ),
+    ({"num_steps_per_rollout": 2, "global_batch_size": 8}, "--num-steps-per-rollout 2 x --global-batch-size 8 is not"),
+    ({"num_steps_per_rollout": 9}, "--num-steps-per-rollout 9 x"),
+    (
+        {"global_batch_size": 3},
+        "--global-batch-size 3 must divide --rollout-batch-size 4 x",
+    ),
+    ({"global_batch_size": 16}, "--global-batch-size 16 must divide"),
+    (
+        {"global_batch_size": 1, "actor_num_gpus_per_node": 2},
+        "1 is smaller than the 2 trainer ranks",
+    ),
+    ({"micro_batch_size": 0}, "--micro-batch-size must be above 0, got 0"),
+    ({"log_probs_chunk_size": -1}, "--log-probs-chunk-size must be above 0, got -1"),
+    # the optimizer
+    ({"lr": -1.0}, "--lr must be 0 or more, got -1.0"),
+    ({"lr": 1e-6, "min_lr": 1e-5}, "--min-lr must be at most --lr 1e-06, got 1e-05"),
+    ({"adam_beta2": 1.0}, "--adam-beta2 must be at least 0 and below 1, got 1.0"),
+    ({"clip_grad": -0.1}, "--clip-grad must be 0 or more, got -0.1"),
+    ({"lr_warmup_fraction": 1.5}, "--lr-warmup-fraction must be between 0 and 1, got 1.5"),
+    # the algorithm
+    (
+        {"kl_coef": 0.1, "use_kl_loss": True, "kl_loss_coef": 0.1},
+        "--kl-coef (reward shaping) and --kl-loss-coef",
+    ),
+    ({"kl_loss_coef": 0.1}, "--kl-loss-coef has no effect without --use-kl-loss"),
+    ({"n_samples_per_prompt": 1}, "--n-samples-per-prompt 1 leaves every advantage at 0"),
+    ({"kl_coef": 0.1, "custom_reward_post_process_path": "a.b"}, "--kl-coef shapes rewards before they are normalised"),
+    ({"eps_clip": 1.0}, "--eps-clip must be below 1, got 1.0"),
+    ({"eps_clip_high": -0.1}, "--eps-clip-high must be 0 or more, got -0.1"),
+    ({"kl_coef": -0.1}, "--kl-coef must be 0 or more, got -0.1"),
+    # the rollout
+    ({"hf_checkpoint": ""}, "--hf-checkpoint must be given"),
+    ({"prompt_data": None}, "--prompt-data must be given, or --disable-rollout-global-dataset"),
+    ({"sglang_router_ip": "10.0.0.1"}, "--sglang-router-ip and --sglang-router-port go together"),
+    ({"sglang_router_port": 1}, "--sglang-router-ip and --sglang-router-port go together"),
+    ({"rollout_temperature": 0.0}, "--rollout-temperature must be above 0, got 0.0"),
+    ({"rollout_top_p": 1.1}, "--rollout-top-p must be above 0 and at most 1, got 1.1"),
+    ({"rollout_top_k": 0}, "--rollout-top-k must be -1 or above 0, got 0"),
+    ({"rollout_seed": -1}, "--rollout-seed must be 0 or more, got -1"),
+    # rewards
+    ({"max_failed_fraction": 1.5}, "--max-failed-fraction must be between 0 and 1, got 1.5"),
+    ({"rm_timeout_s": 0.0}, "--rm-timeout-s must be above 0, got 0.0"),
+    # evaluation
+    ({"eval_interval": 1}, "--eval-interval and --eval-prompt-data go together"),
+    ({"eval_prompt_data": ["test", "test.jsonl"]}, "--eval-interval and --eval-prompt-data go together"),
+    ({"eval_prompt_data": ["test.jsonl"], "eval_interval": 1}, "--eval-prompt-data must be pairs of a name and a file"),
+    (
+        {"eval_prompt_data": ["t", "t.jsonl"], "eval_interval": 1, "debug_train_only": True},
+        "--eval-interval needs engines",
+    ),
+    ({"n_samples_per_eval_prompt": 0}, "--n-samples-per-eval-prompt must be above 0, got 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED, ids=[str(settings) for settings, _ in REFUSED])
+def test_what_contradicts_itself_is_refused_in_one_sentence(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolved(**settings)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+DERIVED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"global_batch_size": 8, "num_steps_per_rollout": 1}),
+    ({"num_steps_per_rollout": 4}, {"global_batch_size": 2}),
+    ({"global_batch_size": 2}, {"num_steps_per_rollout": 4}),
+    ({"num_steps_per_rollout": 2, "global_batch_size": 4}, {"global_batch_size": 4}),
+    ({}, {"offload_train": False, "offload_rollout": False}),
+    ({"colocate": True}, {"offload_train": True, "offload_rollout": True, "rollout_num_gpus": 1}),
+    ({"colocate": True, "offload_train": False}, {"offload_train": False, "offload_rollout": True}),
+    ({"colocate": True, "actor_num_nodes": 2, "rollout_num_gpus": None}, {"rollout_num_gpus": 2}),
+    ({"debug_train_only": True, "rollout_num_gpus": None}, {"rollout_num_gpus": 0}),
+    ({}, {"eps_clip_high": 0.2}),
+    ({"eps_clip": 0.1, "eps_clip_high": 0.0}, {"eps_clip_high": 0.0}),
+    ({"n_samples_per_prompt": 1, "rewards_normalization": False}, {"grpo_std_normalization": False}),
+    ({"n_samples_per_prompt": 1, "loss_type": "sft_loss"}, {"loss_type": "sft_loss"}),
+    ({"n_samples_per_prompt": 1, "custom_reward_post_process_path": "a.b"}, {"n_samples_per_prompt": 1}),
+    ({"save": "a", "resume": True}, {"load": "a"}),
+    ({"save": "a", "resume": True, "load": "a"}, {"load": "a"}),
+    ({"save": "a", "save_hf": "out/{rollout_id:04d}"}, {"save_hf": "out/{rollout_id:04d}"}),
+    ({"rollout_max_context_len": 100}, {"rollout_max_prompt_len": 99, "eval_max_context_len": 100}),
+    ({"rollout_max_context_len": 100, "rollout_max_prompt_len": 7}, {"rollout_max_prompt_len": 7}),
+    ({"eval_temperature": 0.0, "rollout_temperature": 0.7}, {"eval_temperature": 0.0}),
+    ({"rollout_temperature": 0.7, "label_key": "answer"}, {"eval_temperature": 0.7, "eval_label_key": "answer"}),
+    ({"reward_key": "score"}, {"eval_reward_key": "score"}),
+    ({"use_dynamic_batch_size": True, "max_tokens_per_gpu": 64}, {"log_probs_max_tokens_per_gpu": 64}),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), DERIVED, ids=[str(settings) for settings, _ in DERIVED])
+def test_what_follows_from_other_settings_is_filled_in(settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    args = resolved(**settings)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_resolving_twice_changes_nothing() -> None:
+    once = resolved(colocate=True, save="a", resume=True, num_steps_per_rollout=2)
+    assert vars(resolve(once)) == vars(once)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warning"),
+    [
+        ({"max_tokens_per_gpu": 100}, "--max-tokens-per-gpu is ignored without --use-dynamic-batch-size"),
+        ({"log_probs_max_tokens_per_gpu": 100}, "--log-probs-max-tokens-per-gpu is ignored"),
+        ({}, ""),
+    ],
+)
+def test_a_setting_without_effect_is_warned_of(
+    settings: dict[str, Any], warning: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        resolved(**settings)
+    assert warning in caplog.text
+    assert bool(caplog.records) == bool(warning)
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({}, False),
+        ({"use_kl_loss": True}, True),
+        ({"kl_coef": 0.1}, True),
+        ({"use_kl_loss": True, "loss_type": "sft_loss"}, False),
+    ],
+)
+def test_a_reference_is_needed_where_kl_is_measured(settings: dict[str, Any], needed: bool) -> None:
+    assert resolved(**settings).needs_reference is needed

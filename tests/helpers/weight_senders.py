@@ -1,0 +1,114 @@
+"""How trainers send weights to an engine on the wire, written from the protocol: pickled in a request, or by broadcast."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from helpers.embedded_engine import EngineUnderTest, free_port
+from torch import Tensor
+from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, rendezvous
+
+TIMEOUT = timedelta(seconds=60)
+NamedTensors = list[tuple[str, Tensor]]
+
+
+@dataclass
+class FlattenedTensorMetadata:
+    """Where a tensor lies in a bucket; the name is what the receiver goes by."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    start_idx: int
+    end_idx: int
+    numel: int
+
+
+def flatten(named: NamedTensors) -> tuple[Tensor, list[FlattenedTensorMetadata]]:
+    """All tensors as one of bytes, and where each lies."""
+    parts, metadata, place = [], [], 0
+    for name, tensor in named:
+        data = tensor.contiguous().view(-1).view(torch.uint8)
+        end = place + data.numel()
+        metadata.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, place, end, data.numel()))
+        parts.append(data)
+        place = end
+    return torch.cat(parts), metadata
+
+
+def serialize(named: NamedTensors, load_format: str | None) -> str:
+    """The base64 pickle of /update_weights_from_tensor; the tensors themselves are in shared memory."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    content: Any = [(name, tensor.clone()) for name, tensor in named]
+    if load_format == "flattened_bucket":
+        data, metadata = flatten(named)
+        content = {"flattened_tensor": data, "metadata": metadata}
+    buffer = io.BytesIO()
+    ForkingPickler(buffer).dump(content)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+class Broadcaster:
+    """Rank 0 of a weight-update group with one engine."""
+
+    def __init__(self, engine: EngineUnderTest) -> None:
+        self._engine = engine
+        port = free_port()
+        self._name = f"group-{port}"
+        body = {
+            "master_address": "127.0.0.1",
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": 2,
+            "group_name": self._name,
+            "backend": "gloo",
+        }
+        answers: list[Any] = []
+        joining = threading.Thread(target=lambda: answers.append(engine.post("/init_weights_update_group", body)))
+        joining.start()
+        store, rank, world_size = next(rendezvous(f"tcp://127.0.0.1:{port}", 0, 2, timeout=TIMEOUT))
+        self._group, _ = _new_process_group_helper(
+            world_size,
+            rank,
+            [],
+            Backend("gloo"),
+            PrefixStore(self._name, store),
+            group_name=self._name,
+            backend_options=None,
+            timeout=TIMEOUT,
+        )
+        joining.join()
+        assert answers[0].status == 200, answers[0].raw
+
+    def send(self, named: NamedTensors, load_format: str | None, *, version: str) -> None:
+        """Broadcasts tensors, and tells the engine to take them."""
+        body = {
+            "names": [name for name, _ in named],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in named],
+            "shapes": [list(tensor.shape) for _, tensor in named],
+            "group_name": self._name,
+            "load_format": load_format,
+            "weight_version": version,
+        }
+        answers: list[Any] = []
+        taking = threading.Thread(target=lambda: answers.append(self._engine.post("/update_weights_from_distributed", body)))
+        taking.start()
+        tensors = [flatten(named)[0]] if load_format == "flattened_bucket" else [tensor for _, tensor in named]
+        for tensor in tensors:
+            self._group.broadcast(tensor.contiguous(), 0).wait()
+        taking.join()
+        assert answers[0].status == 200, answers[0].raw
+
+    def close(self) -> None:
+        """Ends the group on both sides."""
+        answer = self._engine.post("/destroy_weights_update_group", {"group_name": self._name})
+        assert answer.status == 200, answer.raw
+        self._group.shutdown()

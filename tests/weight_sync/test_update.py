@@ -1,0 +1,125 @@
+"""Against a real embedded engine in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.embedded_engine import EngineUnderTest, free_port, running_engine
+from helpers.tiny_models import make_tiny_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slime.engine.client import EngineClient, EngineError
+from slime.utils.http_utils import HTTPError
+from slime.weight_sync.disk import DiskTransport
+from slime.weight_sync.update import WeightMismatch, send_weights
+
+PROMPT = [5, 8, 13, 21, 34]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tied and with experts, which lie fused in memory: where names and tensors differ most from the checkpoint's."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "first", "qwen3_moe", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[EngineUnderTest]:
+    with running_engine(model, "--random-seed", "0", "--num-threads", "1") as running:
+        yield running
+
+
+def other_weights(model: Path) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tensors = load_file(model / "model.safetensors")
+    return {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
+
+
+def log_probs(engine: EngineUnderTest) -> list[float]:
+    greedy = {"temperature": 0.0, "max_new_tokens": 1}
+    answer = engine.generate(input_ids=PROMPT, sampling_params=greedy, return_logprob=True, logprob_start_len=0)
+    return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+
+
+def send(
+    engines: list[str], model: Path, folder: Path, version: int, tensors: dict[str, Tensor], check: bool
+) -> list[str]:
+    return send_weights(
+        tensors.items(),
+        DiskTransport(folder, assets=str(model), is_writer=True),
+        [EngineClient(url, timeout_s=20.0) for url in engines],
+        version=version,
+        timeout_s=20.0,
+        check_equal=check,
+    )
+
+
+def test_an_engine_takes_the_weights_and_counts_the_version(
+    engine: EngineUnderTest, model: Path, tmp_path: Path
+) -> None:
+    assert send([engine.url], model, tmp_path, 1, load_file(model / "model.safetensors"), True) == []
+    before = log_probs(engine)
+    assert send([engine.url], model, tmp_path, 2, other_weights(model), True) == []
+    assert engine.get("/model_info").json["weight_version"] == "2"
+    assert log_probs(engine) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["v000002"]
+    send([engine.url], model, tmp_path, 3, load_file(model / "model.safetensors"), True)
+    assert log_probs(engine) == before
+
+
+def test_an_engine_that_does_not_answer_is_reported_and_the_others_go_on(
+    engine: EngineUnderTest, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = f"http://127.0.0.1:{free_port()}"
+    assert send([gone, engine.url], model, tmp_path, 4, other_weights(model), True) == [gone]
+    assert engine.get("/model_info").json["weight_version"] == "4"
+    assert len(log_probs(engine)) == len(PROMPT) - 1
+
+
+def test_a_tensor_that_differs_on_the_other_side_is_named(engine: EngineUnderTest, model: Path, tmp_path: Path) -> None:
+    class Corrupting(DiskTransport):
+        def write(self, tensors: object, version: int) -> Path:
+            path = super().write(tensors, version)  # type: ignore[arg-type]
+            (shard,) = path.glob("*.safetensors")
+            stored = load_file(shard)
+            stored["model.norm.weight"][3] += 1
+            save_file(stored, shard, metadata={"format": "pt"})
+            return path
+
+    with pytest.raises(WeightMismatch, match=r"holds 1 tensors that differ from those sent, first model\.norm\.weight"):
+        send_weights(
+            other_weights(model).items(),
+            Corrupting(tmp_path, assets=str(model), is_writer=True),
+            [EngineClient(engine.url)],
+            version=5,
+            timeout_s=20.0,
+            check_equal=True,
+        )
+
+
+def test_weights_that_were_not_sent_are_noticed(engine: EngineUnderTest, model: Path, tmp_path: Path) -> None:
+    tensors = other_weights(model)
+    del tensors[next(name for name in tensors if name.startswith("model.layers.1.mlp") and "up_proj" in name)]
+    with pytest.raises((WeightMismatch, EngineError, HTTPError), match=r"model\.layers\.1\.mlp"):
+        send([engine.url], model, tmp_path, 6, tensors, True)
+    engine.post("/continue_generation")
+
+
+def test_weights_that_the_engine_refuses_end_the_update_with_its_words(
+    engine: EngineUnderTest, model: Path, tmp_path: Path
+) -> None:
+    tensors = other_weights(model)
+    tensors["model.norm.weight"] = torch.zeros(3)
+    with pytest.raises((EngineError, HTTPError), match=r"model\.norm\.weight"):
+        send([engine.url], model, tmp_path, 7, tensors, False)
+    engine.post("/continue_generation")
+
+
+def test_ranks_that_do_not_write_talk_to_no_engine(model: Path, tmp_path: Path) -> None:
+    transport = DiskTransport(tmp_path, assets=str(model), is_writer=False)
+    nobody = [EngineClient("http://127.0.0.1:1")]
+    tensors = load_file(model / "model.safetensors").items()
+    assert send_weights(tensors, transport, nobody, version=1, timeout_s=1.0, check_equal=True) == []
