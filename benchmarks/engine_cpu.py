@@ -1,11 +1,11 @@
-"""The embedded engine, through HTTP, against `model.generate` on one padded batch: same model, prompts, threads, machine, run.
+"""The embedded engine over HTTP against `model.generate` on one padded batch: same model, prompts, threads, run.
 
     python benchmarks/engine_cpu.py [--threads 1] [--hidden 128] [--requests 128] [--new-tokens 64]
 
-Prints one table: tokens/s, time to the first token, and peak memory of the process that holds the model. Both sides sample at
-temperature 1 and return what a rollout needs: tokens, and for the engine their log-probabilities as well. Each side runs
-`--rounds` times in turn, and its best round counts. `generate` answers nobody before the last token is drawn, so its time to the
-first token is the whole time.
+Prints one table: tokens/s, time to the first token, and peak memory of the process that holds the model. Both sides
+sample at temperature 1 and return what a rollout needs: tokens, and for the engine their log-probabilities as well.
+Each side runs `--rounds` times in turn, and its best round counts. `generate` answers nobody before the last token is
+drawn, so its time to the first token is the whole time.
 """
 
 from __future__ import annotations
@@ -90,9 +90,12 @@ def make_prompts(count: int, shortest: int, longest: int) -> list[list[int]]:
 def measure(
     folder: str, prompts: list[list[int]], new_tokens: int, *, threads: int, rounds: int
 ) -> tuple[list[Round], list[Round], dict[str, float]]:
-    """Rounds of the engine and of generate in turn, after one of each that does not count; and the peak memory of both, in MB."""
+    """Rounds of the engine and of generate in turn, after one each that does not count; peak memory of both in MB."""
     ours, theirs = [], []
-    with running_engine(folder, threads) as (url, pid), running_generate(folder, prompts, new_tokens, threads) as worker:
+    with (
+        running_engine(folder, threads) as (url, pid),
+        running_generate(folder, prompts, new_tokens, threads) as worker,
+    ):
         for _ in range(rounds + 1):
             ours.append(asyncio.run(engine_round(url, prompts, new_tokens)))
             worker.send("run")
@@ -159,7 +162,9 @@ def running_generate(folder: str, prompts: list[list[int]], new_tokens: int, thr
         process.join()
 
 
-def serve_generate(connection: Connection, folder: str, prompts: list[list[int]], new_tokens: int, threads: int) -> None:
+def serve_generate(
+    connection: Connection, folder: str, prompts: list[list[int]], new_tokens: int, threads: int
+) -> None:
     """Answers "run" with a Round of `model.generate` on one batch padded on the left, "memory" with the peak in MB."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -198,7 +203,12 @@ def print_table(
     names = {"engine": "embedded engine over HTTP", "generate": "model.generate, one batch"}
     for key, name in names.items():
         result = best[key]
-        numbers = (f"{result.tokens_per_s:.0f}", f"{result.seconds:.2f}", f"{result.first_token_s:.2f}", f"{memory[key]:.0f}")
+        numbers = (
+            f"{result.tokens_per_s:.0f}",
+            f"{result.seconds:.2f}",
+            f"{result.first_token_s:.2f}",
+            f"{memory[key]:.0f}",
+        )
         table.add_row(name, *numbers)
     console = Console(width=120)
     console.print(table)

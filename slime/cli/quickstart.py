@@ -56,7 +56,7 @@ GRPO_SETTINGS = {
     "eval_interval": 6,
     "eval_temperature": 0.0,
 }
-EVAL_NAME = "held-out"
+EVAL_NAME = "sums"
 
 
 class Result(NamedTuple):

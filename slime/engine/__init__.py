@@ -1,1 +1,1 @@
-"""Engines: the client of the wire protocol and, in `embedded`, a small engine of our own. Importing this loads neither."""
+"""Engines: the client of the wire protocol and, in `embedded`, an engine of our own. Importing this loads neither."""

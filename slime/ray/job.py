@@ -54,6 +54,7 @@ class Job:
         self.run_dir = run_directory(args)
         self.is_in_loop = False
         self.is_stopping = False
+        self.is_last_step = False
         self.watchdog = Watchdog()
         self._stack = contextlib.ExitStack()
 
@@ -194,7 +195,7 @@ class Job:
         for rollout_id in range(self.start_rollout_id, self.num_rollout):
             yield rollout_id
             self.journal.end_step(rollout_id)
-            if self.is_stopping:
+            if self.is_last_step:
                 return
 
     def evaluates_at_start(self) -> bool:
@@ -205,12 +206,16 @@ class Job:
         """Whether to evaluate after `rollout_id`."""
         is_last = rollout_id == self.num_rollout - 1
         interval = self.args.eval_interval
-        return interval is not None and not self.is_stopping and (is_last or is_due(rollout_id, interval))
+        return interval is not None and not self.is_last_step and (is_last or is_due(rollout_id, interval))
 
     def saves_after(self, rollout_id: int) -> bool:
-        """Whether to write a checkpoint after `rollout_id`: at the interval, at the end, and when told to stop."""
+        """Whether to write a checkpoint after `rollout_id`: at the interval, at the end, and when told to stop.
+
+        Here, and nowhere else, a SIGTERM makes a step the last one: one that comes later is for the next step.
+        """
+        self.is_last_step = self.is_stopping
         due = is_due(rollout_id, self.args.save_interval, self.num_rollout)
-        return self.args.save is not None and (due or self.is_stopping)
+        return self.args.save is not None and (due or self.is_last_step)
 
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint: first the data source, then the trainers, whose tracker makes it complete."""

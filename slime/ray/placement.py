@@ -52,14 +52,14 @@ def start_ray(cluster: ClusterConfig) -> bool:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     env = {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path)),
-        # Threads that wait by spinning take the cores from those that work: a step on a busy machine takes ten times as long.
+        # Threads that wait by spinning take the cores from those that work: ten times as long on a busy machine.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
     os.environ.update(env)
     if "RAY_ADDRESS" in os.environ or ray.is_initialized():
         ray.init(ignore_reinit_error=True, runtime_env={"env_vars": env})
         return False
-    # Ray's agents look for a head that was killed, as it is with this process, for a minute by default before they end.
+    # Killed with this process, Ray's head is looked for by Ray's agents: for a minute by default, before they end.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     ray.init(
         num_cpus=num_slots(cluster) + 1,

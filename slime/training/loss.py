@@ -31,7 +31,7 @@ def policy_loss(
     clipped = clipped_policy_loss(
         log_probs_T, old_T, advantages_T=trained(batch.advantages), eps_low=cfg.eps_clip, eps_high=cfg.eps_clip_high
     )
-    mean = partial(_share, batch.loss_weights)
+    mean = partial(weighted_sum, batch.loss_weights)
     loss = pg_loss = mean(clipped.loss_T)
     metrics = {
         "pg_loss": pg_loss,
@@ -53,7 +53,7 @@ def policy_loss(
 
 def sft_loss(outputs: TokenOutputs, batch: PackedBatch, sequence_sum: SequenceSum) -> LossOutput:
     """Negative log-likelihood of the trained tokens."""
-    loss = _share(batch.loss_weights, -_trained(batch, outputs.log_probs))
+    loss = weighted_sum(batch.loss_weights, -_trained(batch, outputs.log_probs))
     return LossOutput(loss, _detached({"loss": loss}))
 
 
@@ -68,7 +68,7 @@ def _trained(batch: PackedBatch, values_T: Tensor) -> Tensor:
     return torch.where(batch.loss_weights != 0, values_T, 0.0)
 
 
-def _share(weights_T: Tensor, values_T: Tensor) -> Tensor:
+def weighted_sum(weights_T: Tensor, values_T: Tensor) -> Tensor:
     return (weights_T * values_T).sum()
 
 

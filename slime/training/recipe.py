@@ -24,7 +24,7 @@ from slime.data.batch import TrainBatch
 from slime.data.packed import PackedBatch, pack_rows
 from slime.data.schedule import PackingLimit, plan_step, split_steps
 from slime.training.backend import ModelTag, StepMetrics, TrainBackend
-from slime.training.loss import loss_for
+from slime.training.loss import loss_for, weighted_sum
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,30 @@ class Recipe:
         for micro_batch in everything:
             rows = torch.tensor(micro_batch.rows or [0])
             micro_batch.advantages = advantages_S[rows][micro_batch.sequence_ids]
-        return {"rollout/advantages": float(advantages_S.mean()), "rollout/rewards": float(batch.rewards.mean())}
+        mean_advantage = float(advantages_S.mean())
+        return self._log_prob_means(steps) | {
+            "rollout/rewards": float(batch.rewards.mean()),
+            "rollout/advantages": mean_advantage,
+            "rollout/returns": mean_advantage,
+        }
+
+    def _log_prob_means(self, steps: list[list[PackedBatch]]) -> dict[str, float]:
+        """`rollout/{log_probs,ref_log_probs,rollout_log_probs}`, as far as there are any, weighted as the loss is."""
+        fields = {
+            "log_probs": "old_log_probs",
+            "ref_log_probs": "ref_log_probs",
+            "rollout_log_probs": "rollout_log_probs",
+        }
+        first = steps[0][0]
+        names = [name for name, field in fields.items() if getattr(first, field) is not None]
+        shares = [
+            sum(weighted_sum(b.loss_weights, getattr(b, fields[name])) for step in steps for b in step)
+            for name in names
+        ]
+        if not shares:
+            return {}
+        means = self.backend.sum_over_data_ranks(torch.stack(shares)) / len(steps)  # type: ignore[arg-type]
+        return {f"rollout/{name}": mean for name, mean in zip(names, means.tolist(), strict=True)}
 
     def _attach_log_probs(self, batches: list[PackedBatch], model: ModelTag, field: str) -> None:
         with self.phase("ref_log_probs" if model == "ref" else "log_probs"):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 GRACE_S = 3.0
 PR_SET_PDEATHSIG = 1
@@ -18,7 +19,9 @@ PR_SET_PDEATHSIG = 1
 
 def main(command: list[str]) -> int:
     """The command's exit code; 128 + N where signal N ended it, as shells have it."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent)
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with(os.getpid())
+    )
     signal.signal(signal.SIGTERM, lambda *_: _end_group(child))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the owner's affair
     threading.Thread(target=_wait_for_owner, args=(child,), daemon=True).start()
@@ -27,10 +30,16 @@ def main(command: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _die_with_parent() -> None:
-    """Linux: SIGKILL for the command when this guard dies, should somebody kill it."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def _die_with(guard: int) -> Callable[[], None]:
+    """Linux: run in the command's process, it asks for SIGKILL when the process `guard` dies, should somebody kill it."""
+
+    def ask() -> None:
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != guard:  # it died before we asked
+            os._exit(1)
+
+    return ask
 
 
 def _wait_for_owner(child: "subprocess.Popen[bytes]") -> None:

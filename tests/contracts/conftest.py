@@ -1,7 +1,8 @@
 """The engine that the wire contract is checked against: our own by default, or a running one.
 
-SLIME_ENGINE_URL and SLIME_ENGINE_MODEL (its checkpoint folder, a float32 Qwen3 made by `helpers.tiny_models`) name a running
-engine, such as a real SGLang; SLIME_ENGINE_LACKS lists what it does not have, by the names that `needs` is called with.
+SLIME_ENGINE_URL and SLIME_ENGINE_MODEL (its checkpoint folder, a float32 Qwen3 made by `helpers.tiny_models`) name a
+running engine, such as a real SGLang; SLIME_ENGINE_LACKS lists what it does not have, by the names that `needs` is
+called with.
 """
 
 from __future__ import annotations

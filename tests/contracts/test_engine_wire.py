@@ -1,4 +1,4 @@
-"""The wire protocol that every engine speaks: checked over plain HTTP, against the embedded engine or a running SGLang."""
+"""The wire protocol of every engine: checked over plain HTTP, against the embedded engine or a running SGLang."""
 
 from __future__ import annotations
 
@@ -263,7 +263,9 @@ def test_min_new_tokens_keeps_the_answer_from_ending(engine: EngineUnderTest) ->
 
 @pytest.mark.parametrize("no_stop_trim", [False, True])
 def test_a_stop_string_ends_the_answer_across_token_borders(engine: EngineUnderTest, no_stop_trim: bool) -> None:
-    seen = [engine.generate(input_ids=prompt(5, seed), sampling_params=params(40, temperature=0.0)) for seed in range(8)]
+    seen = [
+        engine.generate(input_ids=prompt(5, seed), sampling_params=params(40, temperature=0.0)) for seed in range(8)
+    ]
     clean = next(a for a in seen if any(c.isascii() for c in a["text"]) and "\ufffd\ufffd" not in a["text"][3:9])
     place = next(i for i in range(2, len(clean["text"]) - 3) if "\ufffd" not in clean["text"][i : i + 3])
     stop = clean["text"][place : place + 3]
@@ -278,7 +280,9 @@ def test_a_stop_string_ends_the_answer_across_token_borders(engine: EngineUnderT
 
 
 def test_special_tokens_are_in_the_text_on_demand(engine: EngineUnderTest, tokenizer: PreTrainedTokenizerBase) -> None:
-    answer = engine.generate(input_ids=prompt(5), sampling_params=params(200, temperature=3.0, skip_special_tokens=False))
+    answer = engine.generate(
+        input_ids=prompt(5), sampling_params=params(200, temperature=3.0, skip_special_tokens=False)
+    )
     assert answer["text"] == tokenizer.decode(answer["output_ids"], skip_special_tokens=False)
     assert any(token < FIRST_TOKEN for token in answer["output_ids"])
 
@@ -567,7 +571,16 @@ def small_engine(engine: EngineUnderTest) -> Any:
     """An engine with a key and little memory."""
     if not engine.is_embedded:
         pytest.skip("starts the embedded engine with other flags")
-    flags = ["--max-total-tokens", "256", "--max-running-requests", "16", "--api-key", "secret", "--context-length", "200"]
+    flags = [
+        "--max-total-tokens",
+        "256",
+        "--max-running-requests",
+        "16",
+        "--api-key",
+        "secret",
+        "--context-length",
+        "200",
+    ]
     flags += ["--served-model-name", "small", "--chunked-prefill-size", "32"]
     with running_engine(engine.model_path, *flags, headers={"Authorization": "Bearer secret"}) as running:
         yield running
@@ -612,15 +625,28 @@ def test_a_chat_is_the_templated_prompt(engine: EngineUnderTest, tokenizer: PreT
     plain = engine.generate(input_ids=tokens, sampling_params=params(12, temperature=0.0))
     chat = engine.post(
         "/v1/chat/completions",
-        {"model": "any", "messages": messages, "max_tokens": 12, "temperature": 0, "ignore_eos": True, "logprobs": True},
+        {
+            "model": "any",
+            "messages": messages,
+            "max_tokens": 12,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": True,
+        },
     ).json
     (choice,) = chat["choices"]
     assert choice["message"] == {"role": "assistant", "content": plain["text"]} | choice["message"]
     assert choice["message"]["content"] == plain["text"]
     assert choice["finish_reason"] == "length"
     assert len(choice["logprobs"]["content"]) == 12
-    assert chat["usage"] == {"prompt_tokens": len(tokens), "completion_tokens": 12, "total_tokens": len(tokens) + 12} | {
-        key: value for key, value in chat["usage"].items() if key not in ("prompt_tokens", "completion_tokens", "total_tokens")
+    assert chat["usage"] == {
+        "prompt_tokens": len(tokens),
+        "completion_tokens": 12,
+        "total_tokens": len(tokens) + 12,
+    } | {
+        key: value
+        for key, value in chat["usage"].items()
+        if key not in ("prompt_tokens", "completion_tokens", "total_tokens")
     }
 
 

@@ -92,7 +92,13 @@ def allowed_tokens(row: torch.Tensor, params: SamplingParams) -> set[int]:
 
 @pytest.mark.parametrize(
     "cut",
-    [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.8}, {"top_k": 5, "top_p": 0.95, "min_p": 0.1}],
+    [
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"top_k": 6, "top_p": 0.8},
+        {"top_k": 5, "top_p": 0.95, "min_p": 0.1},
+    ],
 )
 def test_cutting_leaves_exactly_the_allowed_tokens_in_proportion(row: torch.Tensor, cut: dict[str, float]) -> None:
     params = SamplingParams(temperature=1.5, **cut)
@@ -115,7 +121,12 @@ def test_greedy_takes_the_most_likely_token_at_temperature_one(row: torch.Tensor
 
 
 def test_rows_with_other_parameters_do_not_disturb_each_other(row: torch.Tensor) -> None:
-    kinds = [SamplingParams(), SamplingParams(temperature=0.0), SamplingParams(top_k=2), SamplingParams(temperature=0.3)]
+    kinds = [
+        SamplingParams(),
+        SamplingParams(temperature=0.0),
+        SamplingParams(top_k=2),
+        SamplingParams(temperature=0.3),
+    ]
     table = SamplingTable(len(kinds))
     for place, params in enumerate(kinds):
         table.set_row(place, params, seed=place)

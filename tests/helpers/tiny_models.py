@@ -21,7 +21,8 @@ TRAINING_TEXT = ["hello world", "the answer is 42", "what is 17 + 25 ?", "0 1 2 
 def make_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a chat template: any text has tokens, a multi-byte character has several.
 
-    vocab_size: 260 at least (256 bytes and 4 special tokens); merges fill what is left, as far as the training text goes.
+    vocab_size: 260 at least (256 bytes and 4 special tokens); merges fill what is left, as far as the training text
+    goes.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -74,7 +75,11 @@ def make_tiny_model(
     fields = tiny_config(architecture, **overrides)
     tokenizer = make_tokenizer(min(fields["vocab_size"], 320))
     config = AutoConfig.for_model(
-        architecture, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **fields
+        architecture,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        **fields,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""How trainers send weights to an engine on the wire, written from the protocol: pickled in a request, or by broadcast."""
+"""How trainers send weights to an engine, written from the protocol: pickled in a request, or by broadcast."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ class Broadcaster:
             "weight_version": version,
         }
         answers: list[Any] = []
-        taking = threading.Thread(target=lambda: answers.append(self._engine.post("/update_weights_from_distributed", body)))
+        taking = threading.Thread(
+            target=lambda: answers.append(self._engine.post("/update_weights_from_distributed", body))
+        )
         taking.start()
         tensors = [flatten(named)[0]] if load_format == "flattened_bucket" else [tensor for _, tensor in named]
         for tensor in tensors:

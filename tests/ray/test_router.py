@@ -32,6 +32,12 @@ async def router(tmp_path: Path) -> AsyncIterator[Router]:
     await router.wait_until_up()
     yield router
     router.stop()
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def client() -> AsyncIterator[None]:
+    """Closes the HTTP client of the test's event loop."""
+    yield
     await http_utils.close()
 
 

@@ -35,6 +35,10 @@ def _command_of(process: OwnedProcess) -> psutil.Process:
     return children[0]
 
 
+def _has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 def test_output_goes_to_the_log_and_the_exit_code_comes_back(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"]
     process = OwnedProcess(command, log_path=tmp_path / "logs" / "one.log")
@@ -77,7 +81,7 @@ def test_a_command_ends_with_its_guard(tmp_path: Path) -> None:
     process = OwnedProcess(SLEEP, log_path=tmp_path / "log")
     command = _command_of(process)
     os.kill(process._guard.pid, signal.SIGKILL)
-    wait_for(lambda: not command.is_running(), timeout_s=5, what="the end of the command")
+    wait_for(lambda: _has_ended(command), timeout_s=5, what="the end of the command")
 
 
 def test_processes_and_folders_end_with_an_owner_that_is_killed(tmp_path: Path) -> None:
@@ -92,7 +96,7 @@ def test_processes_and_folders_end_with_an_owner_that_is_killed(tmp_path: Path) 
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    wait_for(lambda: not command.is_running() and not any(folder.iterdir()), timeout_s=10, what="the end of all")
+    wait_for(lambda: _has_ended(command) and not any(folder.iterdir()), timeout_s=10, what="the end of all")
 
 
 def test_an_owned_directory_goes_with_the_block_and_its_guard_too(tmp_path: Path) -> None:

@@ -84,18 +84,30 @@ def save(root: str, meta: Meta, model: nn.Module, optimizer: torch.optim.Optimiz
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    with _errors_of_ranks(f"{final} cannot be written"):
+    with _whole_or_nothing(final, temporary):
         dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=temporary / "model")
         if optimizer is not None:
             dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=temporary / "optimizer")
-    if on_first:
-        torch.save({"torch": torch.get_rng_state()}, temporary / "rng.pt")
-        (temporary / "meta.json").write_text(json.dumps(meta._asdict()))
-        fsync_tree(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        write_text_atomically(Path(root) / TRACKER, str(meta.rollout_id))
+        if on_first:
+            torch.save({"torch": torch.get_rng_state()}, temporary / "rng.pt")
+            (temporary / "meta.json").write_text(json.dumps(meta._asdict()))
+            fsync_tree(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            write_text_atomically(Path(root) / TRACKER, str(meta.rollout_id))
     dist.barrier()
+
+
+@contextmanager
+def _whole_or_nothing(final: Path, temporary: Path) -> Iterator[None]:
+    """Delete `temporary` where writing fails, and say what room there was: torch does not say that a disk is full."""
+    try:
+        with _errors_of_ranks("torch.distributed.checkpoint"):
+            yield
+    except (CheckpointError, OSError, RuntimeError) as error:
+        free = shutil.disk_usage(final.parent).free
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{final} cannot be written; {free / 2**20:.1f} MiB were free there ({error})") from error
 
 
 def load_model(folder: Path, model: nn.Module) -> None:

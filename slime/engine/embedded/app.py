@@ -9,7 +9,6 @@ import random
 import socket
 from typing import Any
 
-import torch
 import uvicorn
 from fastapi import FastAPI
 from starlette.requests import Request as HTTPRequest
@@ -36,8 +35,6 @@ class Server:
     """An engine, the application in front of it, and uvicorn."""
 
     def __init__(self, args: ServerArgs) -> None:
-        if args.num_threads is not None:
-            torch.set_num_threads(args.num_threads)
         self.has_crashed = False
         self._args = args
         tokenizer = _load_tokenizer(args)

@@ -31,7 +31,7 @@ class ServerArgs:
     max_total_tokens: int | None = flag(None, "tokens that the key-value cache holds; default: by memory")
     mem_fraction_static: float = flag(0.3, "share of the free memory that the key-value cache may take")
     chunked_prefill_size: int = flag(4096, "most prompt tokens in one forward pass")
-    num_threads: int | None = flag(None, "CPU threads of the model; default: torch's")
+    num_threads: int | None = flag(None, "CPU threads of the model; default: 1 for a tiny model, else torch's")
     disable_radix_cache: bool = flag(False, "compute every prompt anew")
     enable_deterministic_inference: bool = flag(
         False, "one answer per seed whatever runs beside it; on by itself for float32 on a CPU"
@@ -41,7 +41,13 @@ class ServerArgs:
     log_level: Literal["debug", "info", "warning", "error"] = flag("info", "lowest level that is logged")
 
     def __post_init__(self) -> None:
-        at_least_one = ("context_length", "max_running_requests", "max_total_tokens", "chunked_prefill_size", "num_threads")
+        at_least_one = (
+            "context_length",
+            "max_running_requests",
+            "max_total_tokens",
+            "chunked_prefill_size",
+            "num_threads",
+        )
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,10 +1,12 @@
 """Attention of packed tokens over the paged cache, called by Hugging Face's model code in place of its own.
 
-Legend: T tokens of a pass, Hq query and H key-value heads, G = Hq / H, D head dimension; S, Q, K: a block's sequences, queries, keys.
+Legend: T tokens of a pass, Hq query and H key-value heads, G = Hq / H, D head dimension; S, Q, K: a block's sequences,
+queries, keys.
 
-Exactness. In float32 on a CPU a token's result must not depend, to the bit, on its neighbours. Matrix products sum in an order that
-depends on the shape only below 4 rows and beyond 192 summands (measured on MKL, one and two threads), so a product here has at least
-MIN_ROWS rows, and probabilities times values is summed over KEY_CHUNK tokens at a time. Padded keys get weight 0, which adds exactly.
+Exactness. In float32 on a CPU a token's result must not depend, to the bit, on its neighbours. Matrix products sum in
+an order that depends on the shape only below 4 rows and beyond 192 summands (measured on MKL, one and two threads), so
+a product here has at least MIN_ROWS rows, and probabilities times values is summed over KEY_CHUNK tokens at a time.
+Padded keys get weight 0, which adds exactly.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch.nn import functional
 
 from slime.engine.embedded.kv_cache import KVCache
 from slime.engine.embedded.plan import Block, Plan
+from slime.engine.embedded.refusal import Refused
 
 MIN_ROWS = 4
 KEY_CHUNK = 128
@@ -39,7 +42,7 @@ class PagedAttention:
         self._scratch: Tensor | None = None
 
     def start(self, plan: Plan) -> None:
-        """Makes `plan` that of the next forward pass, and decides which blocks' keys and values are kept from pass to pass."""
+        """Makes `plan` that of the next pass, and decides which blocks' keys and values are kept from pass to pass."""
         self._plan = plan
         kept, budget = self._kept, MAX_KEPT_BYTES
         self._kept = {}
@@ -54,6 +57,16 @@ class PagedAttention:
                 self._kept[block.members] = known
                 known.advance(block)
 
+    def forget(self) -> None:
+        """Frees what is kept between passes."""
+        self._kept.clear()
+        self._scratch = None
+
+    @property
+    def num_kept_bytes(self) -> int:
+        """Bytes of the blocks that are kept between passes."""
+        return sum(kept.num_bytes for kept in self._kept.values())
+
     def __call__(
         self,
         module: Any,
@@ -67,11 +80,17 @@ class PagedAttention:
         softcap: float | None = None,
         **_unused: object,
     ) -> tuple[Tensor, None]:
-        """Stores key and value [1, H, T, D], attends with query [1, Hq, T, D]; returns [1, T, Hq, D], as transformers asks."""
+        """Stores key and value [1, H, T, D], attends with query [1, Hq, T, D]; returns [1, T, Hq, D]."""
         plan = self._plan
         assert plan is not None, "the model ran without a plan"
         pool = self._cache.layer(module.layer_idx)
         _, num_heads, _, _, head_dim = pool.shape
+        if not key.shape[1::2] == value.shape[1::2] == (num_heads, head_dim):
+            raise Refused(
+                f"the embedded engine cannot serve attention with keys of {list(key.shape[1::2])} and values of "
+                f"{list(value.shape[1::2])} (heads, dimension): the config says {[num_heads, head_dim]}. "
+                "Use SGLang for it."
+            )
         slots = pool.view(2, num_heads, -1, head_dim)
         slots[0].index_copy_(1, plan.slots, key[0])
         slots[1].index_copy_(1, plan.slots, value[0])
@@ -84,7 +103,9 @@ class PagedAttention:
                 keys, values = kept.update(module.layer_idx, key[0], value[0], block)
             else:
                 keys, values = self._gather(pool, block)
-            result = self._attend(_queries(query[0], block, num_heads), keys, values, block.bias(sliding_window), scale, softcap)
+            result = self._attend(
+                _queries(query[0], block, num_heads), keys, values, block.bias(sliding_window), scale, softcap
+            )
             _scatter(output, result, block)
         return output[None, :-1], None
 
@@ -110,7 +131,7 @@ class KeptBlock:
         self._capacity = block.num_keys + GROWTH
         self._layers: dict[int, Tensor] = {}
         self._next: Tensor | None = None
-        self._places: Tensor | None = None
+        self._places = block.positions[:, 0]
         self.num_bytes = cache.bytes_per_token * block.num_sequences * self._capacity
 
     def can_take(self, block: Block) -> bool:
@@ -124,7 +145,7 @@ class KeptBlock:
         self._next = block.positions + 1
 
     def update(self, layer: int, key: Tensor, value: Tensor, block: Block) -> Tensor:
-        """The keys and values of a layer, [2, H, S, K, D], the new ones of the pass's key and value [H, T, D] among them."""
+        """A layer's keys and values, [2, H, S, K, D], with the new ones of the pass's key and value [H, T, D]."""
         kept = self._layers.get(layer)
         if kept is None:
             kept = self._layers[layer] = self._read(self._cache.layer(layer), block)
@@ -139,8 +160,10 @@ class KeptBlock:
         return functional.pad(pages, (0, 0, 0, self._capacity - block.num_keys))
 
 
-def attend_exactly(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Attention of query [H, S, Q, G, D] over key and value [H, S, K, D] with bias [S, Q, 1, K]; returns the query's shape.
+def attend_exactly(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention of query [H, S, Q, G, D] over key, value [H, S, K, D] with bias [S, Q, 1, K], in the query's shape.
 
     A query's result is, to the bit, a function of the query and the keys it sees.
     """
@@ -184,7 +207,11 @@ def _queries(query: Tensor, block: Block, num_heads: int) -> Tensor:
         picked = query[:, block.tokens]
     else:
         picked = query.index_select(1, block.tokens.clamp(max=query.shape[1] - 1))
-    return picked.unflatten(1, (block.num_sequences, block.num_queries)).unflatten(0, (num_heads, -1)).permute(0, 2, 3, 1, 4)
+    return (
+        picked.unflatten(1, (block.num_sequences, block.num_queries))
+        .unflatten(0, (num_heads, -1))
+        .permute(0, 2, 3, 1, 4)
+    )
 
 
 def _scatter(output: Tensor, result: Tensor, block: Block) -> None:

@@ -99,7 +99,7 @@ class Engine:
         scheduler.abort(chosen, "Aborted by request.")
 
     def pause(self, mode: PauseMode) -> None:
-        """Stops generation: what runs ends (abort), queues without its memory (retract), or stays as it is (in_place)."""
+        """Stops generation: what runs ends (abort), queues without its memory (retract), or stays (in_place)."""
         self.is_paused = True
         if mode == "abort":
             self.abort("", all_requests=True)

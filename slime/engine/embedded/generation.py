@@ -16,7 +16,6 @@ from slime.engine.embedded.protocol import BadRequest, Generation, RequestParser
 from slime.engine.embedded.request import Request
 from slime.engine.embedded.text import StopChecker
 
-
 Handler = Callable[[HTTPRequest], Awaitable[Response]]
 """Answers one endpoint."""
 

@@ -24,7 +24,14 @@ class KVCache:
     """A pool of reference-counted pages; the tensors live while memory is not released."""
 
     def __init__(
-        self, num_layers: int, num_heads: int, head_dim: int, *, num_tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        num_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.num_pages = -(-num_tokens // PAGE_SIZE) + 1
         self._shape = (num_layers, 2, num_heads, self.num_pages, PAGE_SIZE, head_dim)
@@ -69,7 +76,9 @@ class KVCache:
 
     def release_memory(self) -> None:
         """Frees the pool's tensors; only when no page is in use."""
-        assert self.num_free_pages == self.num_pages - 1, f"{self.num_pages - 1 - self.num_free_pages} pages still in use"
+        assert self.num_free_pages == self.num_pages - 1, (
+            f"{self.num_pages - 1 - self.num_free_pages} pages still in use"
+        )
         self._pool, self._layers = None, ()
 
     def layer(self, layer: int) -> Tensor:

@@ -11,21 +11,35 @@ from jinja2 import TemplateError
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response, StreamingResponse
 
-from slime.engine.embedded.generation import GenerationFailed, Generator, Handler, Progress, error_body, event, json_response
+from slime.engine.embedded.generation import (
+    GenerationFailed,
+    Generator,
+    Handler,
+    Progress,
+    error_body,
+    event,
+    json_response,
+)
 from slime.engine.embedded.protocol import BadRequest, Generation, parse_json
 from slime.engine.embedded.sampling_params import SamplingParams, parse_sampling_params
 
 Kind = Literal["completion", "chat"]
 
 SAME_NAME = (
-    "temperature", "top_p", "n", "stop", "top_k", "min_p", "ignore_eos", "stop_token_ids", "skip_special_tokens", "no_stop_trim",
-    "frequency_penalty", "presence_penalty", "repetition_penalty", "regex", "json_schema", "ebnf", "logit_bias",
+    "temperature", "top_p", "n", "stop", "top_k", "min_p", "ignore_eos", "stop_token_ids", "skip_special_tokens",
+    "no_stop_trim", "frequency_penalty", "presence_penalty", "repetition_penalty", "regex",
+    "json_schema", "ebnf", "logit_bias",
 )  # fmt: skip
-RENAMED = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
+RENAMED = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+}
 
 
 class _Call(NamedTuple):
-    """A parsed body: what to generate, and how to answer. num_top: of the likeliest tokens, None without log-probabilities."""
+    """A parsed body: what to generate, and how to answer. num_top: of likeliest tokens, None without log-probs."""
 
     kind: Kind
     generation: Generation
@@ -112,7 +126,11 @@ class OpenAI:
             return StreamingResponse(self._events(call, progress, identity), media_type="text/event-stream")
         answers = await self._generator.run(generation, progress, http)
         choices = [_choice(call, index, answer, answer["text"]) for index, answer in enumerate(answers)]
-        whole = {"choices": choices, "usage": _usage(answers), "metadata": {"weight_version": self._generator.weight_version}}
+        whole = {
+            "choices": choices,
+            "usage": _usage(answers),
+            "metadata": {"weight_version": self._generator.weight_version},
+        }
         return json_response(self._head(call, identity, "") | whole)
 
     def _sampling_params(self, body: dict[str, Any], prompt_length: int) -> SamplingParams:

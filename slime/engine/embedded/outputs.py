@@ -18,7 +18,7 @@ class OutputBuilder:
         self._growing = GrowingText(tokenizer, skip_special_tokens=request.params.skip_special_tokens)
 
     def build(self, weight_version: str) -> dict[str, Any]:
-        """The answer so far, cumulative; the whole one once the request is finished. `weight_version` is the engine's now."""
+        """The answer so far, cumulative; the whole once the request is finished. weight_version: the engine's now."""
         request = self.request
         finish_reason = request.finish_reason
         output_ids = request.output_ids

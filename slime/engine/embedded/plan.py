@@ -1,7 +1,7 @@
-"""One forward pass laid out: which tokens it holds, where their keys and values go, and in which rectangles they attend.
+"""One forward pass laid out: its tokens, where their keys and values go, and the rectangles in which they attend.
 
-Legend: T tokens of the pass, B sequences in it, P page size; a *block* is a rectangle of S sequences with Q query tokens each over
-K cached tokens, a multiple of P.
+Legend: T tokens of the pass, B sequences in it, P page size; a *block* is a rectangle of S sequences with Q query
+tokens each over K cached tokens, a multiple of P.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ BLOCK_OVERHEAD = 80
 """What one more block costs in a forward pass, in pages read (measured with a tiny model)."""
 
 REUSE_RANGES = 32
-"""Passes for which sequences that decode together stay in the same blocks, though other blocks might come to read less."""
+"""Passes for which sequences that decode together stay in the same blocks, though others might come to read less."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The sequences of a pass. Sequence b computes its tokens starts[b] to ends[b]; page_table[rows[b]] names its pages.
+    """The sequences of a pass: b computes its tokens starts[b] to ends[b]; page_table[rows[b]] names its pages.
 
     tokens: of all sequences, one after the other [T]. Sequences with one new token come first, sorted by length.
     serials: one number for each sequence, new whenever its keys and values are.
@@ -45,8 +45,8 @@ class Batch:
 class Block:
     """A rectangle of queries and keys.
 
-    tokens: a slice of the pass's tokens where the block is one without padding, else the token of each query [S * Q], and the
-    number of tokens for padding. pages: [S * K / P]; positions: of the queries [S, Q].
+    tokens: a slice of the pass's tokens where the block is one without padding, else the token of each query [S * Q],
+    and the number of tokens for padding. pages: [S * K / P]; positions: of the queries [S, Q].
     members: names the sequences of a block of single tokens, where the pass before had the same block.
     """
 
@@ -86,7 +86,7 @@ class Plan:
 
 
 class Planner:
-    """Makes plans. Sequences that decode together stay in the same blocks for a while, so that what a block read can be kept."""
+    """Makes plans. Sequences that decode together stay in one block for a while, so that what it read can be kept."""
 
     def __init__(self, *, row_multiple: int, num_query_heads: int, min_rows: int, device: torch.device) -> None:
         """num_query_heads: bounds the memory of scores. min_rows: queries that a prefill block has at least."""

@@ -1,9 +1,10 @@
-"""Which prefixes are in the key-value cache: a radix tree over tokens whose nodes own pages, evicted least recently used first.
+"""Which prefixes are in the key-value cache: a radix tree over tokens, evicted least recently used first.
 
-A node covers tokens [start, end) of every sequence below it and refers to the pages that hold them. Where `start` lies inside a
-page, the node's first page also holds the tokens before it, so the deepest node of a path always names the right page of a border.
-Worked example (page size 4): A = abcdef in pages 1, 2; then B = abcdxy, which shares page 1 and wrote page 3. The tree is
-`abcd` [1] with children `ef` [2] and `xy` [3]. C = abcdefgh finds 6 tokens: page 1 to share, and page 2, to be copied.
+A node covers tokens [start, end) of every sequence below it and refers to the pages that hold them. Where `start` lies
+inside a page, the node's first page also holds the tokens before it, so the deepest node of a path always names the
+right page of a border. Worked example (page size 4): A = abcdef in pages 1, 2; then B = abcdxy, which shares page 1 and
+wrote page 3. The tree is `abcd` [1] with children `ef` [2] and `xy` [3]. C = abcdefgh finds 6 tokens: page 1 to share,
+and page 2, to be copied.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class PrefixMatch(NamedTuple):
 
 
 class _Node:
-    __slots__ = ("tokens", "start", "pages", "children", "parent", "last_used")
+    __slots__ = ("children", "last_used", "pages", "parent", "start", "tokens")
 
     def __init__(self, tokens: list[int], start: int, pages: list[int], parent: _Node | None) -> None:
         self.tokens, self.start, self.pages, self.parent = tokens, start, pages, parent
@@ -59,7 +60,7 @@ class PrefixCache:
         self.num_tokens = 0
 
     def match(self, tokens: list[int], limit: int) -> PrefixMatch:
-        """The longest known prefix of `tokens[:limit]`. The pages are not yet shared: the caller does so before anything else."""
+        """The longest known prefix of `tokens[:limit]`. The caller shares the pages before it does anything else."""
         self._clock += 1
         node, position = self._root, 0
         pages: list[int] = []

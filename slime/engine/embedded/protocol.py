@@ -21,12 +21,20 @@ KNOWN_FIELDS = {
 """Fields with a meaning here."""
 
 IGNORED_FIELDS = {
-    "log_metrics", "no_logs", "priority", "bootstrap_host", "bootstrap_port", "bootstrap_room", "extra_key", "session_params",
-    "modalities", "lora_path", "conversation_id", "routing_key", "custom_labels", "return_bytes", "background",
+    "log_metrics", "no_logs", "priority", "bootstrap_host", "bootstrap_port", "bootstrap_room", "extra_key",
+    "session_params", "modalities", "lora_path", "conversation_id", "routing_key", "custom_labels",
+    "return_bytes", "background",
 }  # fmt: skip
 """Fields of SGLang's that change no token; a router adds some of them."""
 
-ABSENT_FIELDS = {"input_embeds", "image_data", "video_data", "audio_data", "custom_logit_processor", "token_ids_logprob"}
+ABSENT_FIELDS = {
+    "input_embeds",
+    "image_data",
+    "video_data",
+    "audio_data",
+    "custom_logit_processor",
+    "token_ids_logprob",
+}
 """Fields of SGLang's that would change the answer, and are not supported."""
 
 
@@ -76,7 +84,9 @@ class RequestParser:
         requests: list[Request] = []
         for index, (tokens, sampling) in enumerate(zip(prompts, parsed, strict=True)):
             chosen = [values[index] for values in options]
-            requests += self.make_requests(tokens, sampling, rids[index], listener, *chosen, stream=bool(body.get("stream")))
+            requests += self.make_requests(
+                tokens, sampling, rids[index], listener, *chosen, stream=bool(body.get("stream"))
+            )
         is_list = is_list or len(requests) > 1
         return Generation(requests, is_list, bool(body.get("stream")), bool(body.get("return_text_in_logprobs")))
 
@@ -157,7 +167,7 @@ class RequestParser:
                 raise BadRequest(f"input_ids must be integers in [0, {limits.vocab_size}), got {token!r}.")
         if count >= limits.context_length:
             raise BadRequest(
-                f"The input ({count} tokens) is longer than the model's context length ({limits.context_length} tokens)."
+                f"The input ({count} tokens) is longer than the context length ({limits.context_length} tokens)."
             )
         total = count + params.max_new_tokens
         if total > limits.context_length:

@@ -2,9 +2,10 @@
 
 Legend: B rows, V vocabulary.
 
-A row's random number depends on its seed and on how many tokens it has drawn, on nothing else; a token is found by inverting the
-cumulative distribution. So a request draws the same tokens whatever runs beside it, before and after a preemption.
-Log-probabilities are those of the temperature-scaled distribution before top-k, top-p and min-p cut it, as SGLang's.
+A row's random number depends on its seed and on how many tokens it has drawn, on nothing else; a token is found by
+inverting the cumulative distribution. So a request draws the same tokens whatever runs beside it, before and after a
+preemption. Log-probabilities are those of the temperature-scaled distribution before top-k, top-p and min-p cut it, as
+SGLang's.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class SamplingTable:
 
 @dataclass(slots=True)
 class Drawn:
-    """What one step drew: tokens and their log-probabilities [B], and the top of the distribution where it was asked for."""
+    """What one step drew: tokens and their log-probabilities [B], and the distribution's top where asked for."""
 
     tokens: list[int]
     log_probs: list[float]
@@ -76,10 +77,13 @@ class Drawn:
     top_tokens: Tensor | None = None
 
 
-def sample(logits_BV: Tensor, table: SamplingTable, rows: np.ndarray, counters: np.ndarray, *, num_top: int = 0) -> Drawn:
+def sample(
+    logits_BV: Tensor, table: SamplingTable, rows: np.ndarray, counters: np.ndarray, *, num_top: int = 0
+) -> Drawn:
     """Draws one token a row of float32 logits [B, V], which are overwritten.
 
-    rows: the table's row of each, int [B]; counters: tokens each has drawn, int [B]; num_top: size of the top that is reported.
+    rows: the table's row of each, int [B]; counters: tokens each has drawn, int [B]; num_top: size of the top that is
+    reported.
     """
     block = max(1, MAX_ELEMENTS // logits_BV.shape[1])
     tokens, log_probs, tops = [], [], []
@@ -125,7 +129,7 @@ def _invert(weights_BV: Tensor, points_B: Tensor) -> Tensor:
 
 
 def _choose_cut(probs_BV: Tensor, points_B: Tensor, table: SamplingTable, rows: np.ndarray) -> Tensor:
-    """As `_invert`, among the top_k most likely tokens, of which the smallest set that reaches top_p, at least min_p of the best."""
+    """As `_invert`, among the top_k likeliest, of these the fewest that reach top_p, and at least min_p times the best."""
     sorted_probs, order = probs_BV.sort(dim=-1, descending=True, stable=True)
     columns = {
         name: torch.from_numpy(values[rows]).to(probs_BV.device)[:, None]

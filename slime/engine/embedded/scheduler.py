@@ -1,8 +1,9 @@
-"""Continuous batching: which requests run in the next forward pass, what memory they get, and what becomes of the drawn tokens.
+"""Continuous batching: which requests run in the next pass, what memory they get, what becomes of drawn tokens.
 
-A request is a list of tokens of which the first `num_computed` are in the cache. A step computes the missing ones: one token of
-a decoding request, a chunk of a prompt, or everything anew after its memory was taken or the weights changed. Whoever has no
-missing token left draws one. Requests run in order of arrival; if memory runs out, the youngest gives its pages back and queues.
+A request is a list of tokens of which the first `num_computed` are in the cache. A step computes the missing ones: one
+token of a decoding request, a chunk of a prompt, or everything anew after its memory was taken or the weights changed.
+Whoever has no missing token left draws one. Requests run in order of arrival; if memory runs out, the youngest gives
+its pages back and queues.
 """
 
 from __future__ import annotations
@@ -146,14 +147,15 @@ class Scheduler:
         """Makes every key and value invalid: prefixes are forgotten, running requests queue to be computed anew."""
         self.retract_all()
         self._prefixes.clear()
-        self._cache.clear()
+        self.runner.forget()
 
     # admission
 
     def _admit(self) -> None:
         """Moves requests from the queue to the running ones while rows and memory last.
 
-        A request most of whose prompt another one is about to compute waits for that one, and then finds it in the cache.
+        A request most of whose prompt another one is about to compute waits for that one, and then finds it in the
+        cache.
         """
         in_flight = {self._prompt_key(r): r for r in self.running if r.num_computed < r.prompt_length}
         budget = self._chunk_size - sum(len(r.tokens) - r.num_computed for r in self.running)
@@ -236,7 +238,7 @@ class Scheduler:
     # a step's work
 
     def _plan_work(self) -> list[Work]:
-        """Each running request's share of the next pass, with pages to write to; the youngest give way if pages run out."""
+        """Each running request's share of the next pass, with pages to write to; the youngest give way if need be."""
         budget, logit_rows = self._chunk_size, self._max_logit_rows
         work: list[Work] = []
         index = 0
@@ -254,14 +256,16 @@ class Scheduler:
         return work
 
     def _ensure_pages(self, request: Request, length: int, index: int) -> bool:
-        """Gives the request pages for `length` tokens, taking them from prefixes, then from the youngest; False if it gave way."""
+        """Gives the request pages for `length` tokens, taken from prefixes, then the youngest; False if it gave way."""
         wanted = -(-length // PAGE_SIZE) - len(request.pages)
         while wanted > 0:
             if self._make_room(wanted):
                 self._add_pages(request, self._cache.allocate(wanted))
                 return True
             if len(self.running) == 1:
-                raise OutOfPages(f"request {request.rid} alone needs more than the {self._cache.num_tokens} tokens of the cache")
+                raise OutOfPages(
+                    f"request {request.rid} alone needs more than the {self._cache.num_tokens} tokens of the cache"
+                )
             youngest = self.running.pop()
             self._retract(youngest)
             if youngest is request:
@@ -382,6 +386,7 @@ def _pass_order(item: Work) -> tuple[int, int]:
 
 def top_entries(drawn: Drawn, index: int, count: int) -> list[TokenLogProb]:
     """The `count` most likely tokens of one drawn row, most likely first."""
-    assert drawn.top_log_probs is not None and drawn.top_tokens is not None
+    assert drawn.top_log_probs is not None
+    assert drawn.top_tokens is not None
     values, tokens = drawn.top_log_probs[index, :count].tolist(), drawn.top_tokens[index, :count].tolist()
     return [TokenLogProb(value, token) for value, token in zip(values, tokens, strict=True)]

@@ -1,6 +1,7 @@
 """Starts one embedded engine: `python -m slime.engine.embedded.server --model-path DIR --port P`.
 
-What can be refused without torch is refused before torch is imported, so that a wrong path or a port in use ends the process at once.
+What can be refused without torch is refused before torch is imported, so that a wrong path or a port in use ends the
+process at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from slime.engine.embedded.refusal import Refused
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005
-"""How long the event loop may keep the interpreter while the model's thread wants it; Python's default is ten times as long."""
+"""How long the event loop may keep the interpreter from the model's thread; Python's default is ten times as long."""
 
 
 BACKLOG = 4096

@@ -65,7 +65,9 @@ class WeightRoutes:
         if backend == "nccl" and self._engine.runner.device.type == "cpu":
             raise BadRequest("backend nccl needs a GPU; this engine runs on a CPU: use gloo.")
         return await _outcome(
-            asyncio.to_thread(self._groups.join, name, address=address, rank=rank, world_size=world_size, backend=backend),
+            asyncio.to_thread(
+                self._groups.join, name, address=address, rank=rank, world_size=world_size, backend=backend
+            ),
             "Succeeded to initialize custom process group.",
         )
 

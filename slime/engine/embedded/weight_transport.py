@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,13 +24,26 @@ GROUP_TIMEOUT = timedelta(seconds=300)
 """How long a group waits for its other members, at its start and in each broadcast."""
 
 SAFE_MODULES = ("torch", "collections", "multiprocessing.reduction", "multiprocessing.resource_sharer")
-SAFE_BUILTINS = {"list", "dict", "tuple", "set", "int", "float", "bool", "str", "bytes", "bytearray", "slice", "complex"}
+SAFE_BUILTINS = {
+    "list",
+    "dict",
+    "tuple",
+    "set",
+    "int",
+    "float",
+    "bool",
+    "str",
+    "bytes",
+    "bytearray",
+    "slice",
+    "complex",
+}
 UNSAFE_NAMES = {"load", "_load", "run", "system", "eval", "exec", "compile", "spawn", "popen"}
 
 
 @dataclass
 class FlattenedTensorMetadata:
-    """Where a tensor lies in a bucket of bytes; the sender's class of this name, wherever it is defined, becomes this one."""
+    """Where a tensor lies in a bucket of bytes; the sender's class of this name, wherever defined, becomes this one."""
 
     name: str
     shape: torch.Size
@@ -47,13 +60,15 @@ class _Unpickler(pickle.Unpickler):
         if name == "FlattenedTensorMetadata":
             return FlattenedTensorMetadata
         is_safe_module = any(module == safe or module.startswith(safe + ".") for safe in SAFE_MODULES)
-        if (module == "builtins" and name in SAFE_BUILTINS) or (is_safe_module and name not in UNSAFE_NAMES and "." not in name):
+        if (module == "builtins" and name in SAFE_BUILTINS) or (
+            is_safe_module and name not in UNSAFE_NAMES and "." not in name
+        ):
             return super().find_class(module, name)
         raise WeightsRefused(f"serialized_named_tensors may hold tensors only, not {module}.{name}.")
 
 
 def unpack_tensors(payload: str, load_format: str | None) -> NamedTensors:
-    """The named tensors of a base64 pickle: a list of (name, tensor), or for `flattened_bucket` one tensor and its metadata.
+    """The named tensors of a base64 pickle: a list of (name, tensor), or for `flattened_bucket` bytes and metadata.
 
     Raises WeightsRefused where it is neither.
     """
@@ -66,7 +81,8 @@ def unpack_tensors(payload: str, load_format: str | None) -> NamedTensors:
             raise WeightsRefused("a flattened_bucket must hold flattened_tensor and metadata.")
         data = content["flattened_tensor"].view(torch.uint8)
         return [
-            (item.name, _cut(data[item.start_idx : item.end_idx], item.dtype, item.shape)) for item in content["metadata"]
+            (item.name, _cut(data[item.start_idx : item.end_idx], item.dtype, item.shape))
+            for item in content["metadata"]
         ]
     if load_format not in (None, "auto", "direct"):
         raise WeightsRefused(f"load_format must be flattened_bucket or absent, got {load_format!r}.")
@@ -91,8 +107,8 @@ class UpdateGroups:
     def join(self, name: str, *, address: str, rank: int, world_size: int, backend: str) -> None:
         """Joins a group; returns once all members have. Raises WeightsRefused if they do not in time.
 
-        A group beside (here: without) the default one has no public constructor in torch 2.11 to 2.13; trainers everywhere
-        make it as below, and the names of keys in the store must agree.
+        A group beside (here: without) the default one has no public constructor in torch 2.11 to 2.13; trainers
+        everywhere make it as below, and the names of keys in the store must agree.
         """
         if name in self._groups:
             raise WeightsRefused(f"the weight-update group {name!r} exists already.")
@@ -105,7 +121,7 @@ class UpdateGroups:
                 [],
                 Backend(backend),
                 PrefixStore(name, store),
-                group_name=name,
+                group_name=cast(Any, name),
                 backend_options=None,
                 timeout=GROUP_TIMEOUT,
             )
@@ -121,7 +137,7 @@ class UpdateGroups:
     def receive(
         self, name: str, names: list[str], dtypes: list[str], shapes: list[list[int]], *, flattened: bool
     ) -> NamedTensors:
-        """The tensors that rank 0 broadcasts, one by one or as one bucket of bytes. Raises WeightsRefused if they do not come."""
+        """What rank 0 broadcasts, one by one or as one bucket. Raises WeightsRefused if it does not come."""
         group = self._group(name)
         types = [_dtype(dtype) for dtype in dtypes]
         try:
@@ -144,7 +160,10 @@ class UpdateGroups:
         bucket = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
         group.broadcast(bucket, 0).wait()
         parts = bucket.split(sizes)
-        return [(name, _cut(part, dtype, shape)) for name, part, dtype, shape in zip(names, parts, types, shapes, strict=True)]
+        return [
+            (name, _cut(part, dtype, shape))
+            for name, part, dtype, shape in zip(names, parts, types, shapes, strict=True)
+        ]
 
     def _group(self, name: str) -> ProcessGroup:
         if name not in self._groups:

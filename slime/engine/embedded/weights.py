@@ -1,7 +1,8 @@
 """The model's weights under checkpoint names: updated in place, compared, released and taken again.
 
-A checkpoint may name tensors otherwise than the module does (transformers holds the experts of a layer fused, checkpoints name them
-singly). Its own conversion rules say which tensors make one parameter; those wait until they are complete.
+A checkpoint may name tensors otherwise than the module does (transformers holds the experts of a layer fused,
+checkpoints name them singly). Its own conversion rules say which tensors make one parameter; those wait until they are
+complete.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,7 +49,10 @@ class ModelWeights:
         transforms = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model)
         self._renamings = [rule for rule in transforms if isinstance(rule, WeightRenaming)]
         self._converters = {
-            pattern: rule for rule in transforms if isinstance(rule, WeightConverter) for pattern in rule.source_patterns
+            pattern: rule
+            for rule in transforms
+            if isinstance(rule, WeightConverter)
+            for pattern in rule.source_patterns
         }
         self._aliases = _aliases(model)
         self._parameter_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -64,13 +68,15 @@ class ModelWeights:
     # updates
 
     def check(self, shapes: dict[str, torch.Size], *, origin: str, complete: bool) -> None:
-        """Raises WeightsRefused unless each named shape is the model's and, for `complete`, all of the model's are there."""
+        """Raises WeightsRefused unless each named shape is the model's and, for `complete`, none is missing."""
         for name, shape in shapes.items():
             known = self._shape(name)
             if known is None:
                 raise WeightsRefused(f"{origin}: the model has no tensor {name!r}.")
             if tuple(known) != tuple(shape):
-                raise WeightsRefused(f"{origin}: tensor {name!r} has shape {list(shape)}, the model's is {list(known)}.")
+                raise WeightsRefused(
+                    f"{origin}: tensor {name!r} has shape {list(shape)}, the model's is {list(known)}."
+                )
         if complete:
             given = {self._place(name).parameter for name in shapes}
             for name in self.shapes:
@@ -94,20 +100,20 @@ class ModelWeights:
                 self._convert(parameters, place, self._waiting.pop(place.parameter))
 
     def load_from_disk(self, folder: str) -> None:
-        """Reads a checkpoint's safetensors into the model. Raises WeightsRefused, with nothing changed, if they do not fit."""
+        """Reads a checkpoint's safetensors. Raises WeightsRefused, with nothing changed, if they do not fit."""
         files = checkpoint_files(folder)
         shapes: dict[str, torch.Size] = {}
         for path in files:
             try:
                 with safe_open(path, "pt") as file:
-                    shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
+                    shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in _names(file)}
             except (SafetensorError, OSError) as error:
                 raise WeightsRefused(f"{path} cannot be read: {error}") from error
         self.check(shapes, origin=folder, complete=True)
         self._waiting.clear()
         for path in files:
             with safe_open(path, "pt") as file:
-                self.load((name, file.get_tensor(name)) for name in file.keys())
+                self.load((name, file.get_tensor(name)) for name in _names(file))
         self._source = folder
 
     # memory
@@ -178,7 +184,7 @@ class ModelWeights:
             pattern = self._place(name).pattern
             assert pattern is not None
             rule = rules.setdefault(place.parameter, deepcopy(self._converters[pattern]))
-            rule.add_tensor(place.parameter, name, pattern, parts[name])
+            rule.add_tensor(place.parameter, name, pattern, cast(Any, parts[name]))  # takes tensors as well as futures
         for rule in rules.values():
             made = rule.convert(place.parameter, model=self._model, config=self._model.config)
             for name, value in made.items():
@@ -194,7 +200,9 @@ class ModelWeights:
         return _Place(self._aliases.get(renamed, renamed), pattern)
 
     def _shape(self, name: str) -> torch.Size | None:
-        return self.shapes.get(name, self._parameter_shapes.get(name)) or self._parameter_shapes.get(self._place(name).parameter)
+        return self.shapes.get(name, self._parameter_shapes.get(name)) or self._parameter_shapes.get(
+            self._place(name).parameter
+        )
 
     def _checkpoint_shapes(self) -> dict[str, torch.Size]:
         meta = {
@@ -214,6 +222,12 @@ def _aliases(model: PreTrainedModel) -> dict[str, str]:
         if known != name:
             aliases[name] = known
     return aliases
+
+
+def _names(file: Any) -> list[str]:
+    """The names in an open safetensors file, which is no mapping."""
+    names: list[str] = file.keys()
+    return names
 
 
 def checkpoint_files(folder: str) -> list[Path]:
