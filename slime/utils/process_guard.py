@@ -31,7 +31,7 @@ def main(command: list[str]) -> int:
 
 
 def _die_with(guard: int) -> Callable[[], None]:
-    """Linux: run in the command's process, it asks for SIGKILL when the process `guard` dies, should somebody kill it."""
+    """Linux: run in the command's process, it asks for SIGKILL when `guard` dies, should somebody kill it."""
 
     def ask() -> None:
         with contextlib.suppress(AttributeError):
