@@ -10,7 +10,9 @@ INSTALLED := .venv/.installed
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml requirements.lock
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d: PYTHON=python3.12 make ..." \
+	    % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/pip || { rm -rf .venv; $(PYTHON) -m venv .venv; }
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint requirements.lock --group test --group lint --editable .
 	touch $(INSTALLED)
@@ -32,7 +34,8 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/architecture
 
 docs: $(INSTALLED)
-	$(BIN)/python -m slime.cli.reference > docs/reference/arguments.md
+	$(BIN)/python -m slime.cli.reference > .reference.tmp
+	mv .reference.tmp docs/reference/arguments.md
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint requirements.lock --group bench

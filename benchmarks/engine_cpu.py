@@ -1,6 +1,6 @@
 """The embedded engine over HTTP against `model.generate` on one padded batch: same model, prompts, threads, run.
 
-    python benchmarks/engine_cpu.py [--threads 1] [--hidden 128] [--requests 128] [--new-tokens 64]
+    python benchmarks/engine_cpu.py [--threads 1] [--hidden 256] [--requests 128] [--new-tokens 64]
 
 Prints one table: tokens/s, time to the first token, and peak memory of the process that holds the model. Both sides
 sample at temperature 1 and return what a rollout needs: tokens, and for the engine their log-probabilities as well.
@@ -55,7 +55,7 @@ def main() -> None:
     """Runs both sides and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -71,13 +71,13 @@ def main() -> None:
 
 
 def make_model(folder: str, hidden: int, layers: int) -> None:
-    """A tiny Qwen3 with heads of 32, half as many for keys and values."""
+    """A tiny Qwen3 with heads of 32, a quarter as many for keys and values: the proportions of Qwen3-4B."""
     sys.path.insert(0, str(ROOT))
     from tests.helpers.tiny_models import make_tiny_model
 
     heads = hidden // 32
     sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "head_dim": 32}
-    make_tiny_model(folder, "qwen3", **sizes, num_attention_heads=heads, num_key_value_heads=heads // 2)
+    make_tiny_model(folder, "qwen3", **sizes, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4))
 
 
 def make_prompts(count: int, shortest: int, longest: int) -> list[list[int]]:

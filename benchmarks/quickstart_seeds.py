@@ -1,6 +1,6 @@
 """The quickstart for three seeds: held-out accuracy before and after GRPO, wall time, and the learning curves as a picture.
 
-    python -m benchmarks.quickstart_seeds [--seeds 0 1 2] [--output runs/quickstart-seeds] [--picture FILE]
+python -m benchmarks.quickstart_seeds [--seeds 0 1 2] [--output runs/quickstart-seeds] [--picture FILE]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from slime.cli.quickstart import EVAL_NAME
+from slime.cli.quickstart import EVAL_NAME, LEARNED
 from slime.observability.tracking import Series, read_metrics
 
 
@@ -81,6 +81,8 @@ def main() -> None:
         values = curve.held_out.values
         table.add_row(str(curve.seed), f"{values[0]:.3f}", f"{values[-1]:.3f}", f"{curve.seconds:.0f} s")
     Console(width=90).print(table)
+    if not all(curve.held_out.values[0] <= 0.5 and curve.held_out.values[-1] >= LEARNED for curve in curves):
+        sys.exit(f"not every seed rose from at most 0.5 to at least {LEARNED}")
 
 
 if __name__ == "__main__":

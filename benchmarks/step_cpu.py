@@ -190,7 +190,9 @@ def main() -> None:
         for _ in range(options.rounds):
             theirs += trl_seconds(Path(name), options.steps)
             ours += slime_seconds(Path(name), options.steps)
-    table = Table(title=f"One GRPO step: {NUM_PROMPTS} x {GROUP} responses of {NUM_TOKENS} tokens, {os.cpu_count()} cores")
+    table = Table(
+        title=f"One GRPO step: {NUM_PROMPTS} x {GROUP} responses of {NUM_TOKENS} tokens, {os.cpu_count()} cores"
+    )
     for heading in ("", "s/step (median)", "min", "max", "steps"):
         table.add_column(heading)
     for label, values in (("TRL GRPOTrainer", theirs), ("slime", ours)):

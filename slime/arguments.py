@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from slime.backends.fsdp_utils.arguments import FSDPConfig
 from slime.config.base import ConfigError, Group, flag_of
 from slime.config.flags import build_parser, check_value, read_config_file, settings_of, unknown_flag_error
+from slime.config.model import check_model_directory, context_length, read_model_config
 from slime.config.run import GROUPS, RunConfig
-from slime.config.validate import check_model_directory, resolve
+from slime.config.validate import resolve, with_context
 
 ALL_GROUPS: tuple[type[Group], ...] = (*GROUPS, FSDPConfig)
 PASS_THROUGH = {"--sglang-": "sglang_args", "--router-": "router_args"}
@@ -33,6 +36,7 @@ SGLANG_FLAGS_SET_BY_SLIME = {
     "--gpu-id-step": None,
     "--nccl-port": None,
 }
+NEARLY_THE_SAME = 0.87  # similarity from which a flag is one of the embedded engine's, misspelt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
         values[name] = values.get(name, []) + extra
     args = resolve(Args(**values))
     _check_supported(args)
-    return args
+    longest = _engine_context(args)
+    return args if longest is None else with_context(args, longest)
 
 
 def _known_flags() -> list[str]:
@@ -116,16 +121,57 @@ def _as_tokens(flag: str, value: Any) -> list[str]:
 def _check_supported(args: Args) -> None:
     if args.train_backend == "megatron":
         raise ConfigError("--train-backend megatron is not available in this version: use --train-backend fsdp.")
-    for flag in args.sglang_args:
-        name = flag.partition("=")[0]
-        if name in SGLANG_FLAGS_SET_BY_SLIME:
-            instead = SGLANG_FLAGS_SET_BY_SLIME[name]
-            advice = f"use {instead}" if instead else "drop it"
-            raise ConfigError(f"--sglang-{name.removeprefix('--')} is set by slime: {advice}.")
+    if args.rollout_engine == "sglang":
+        raise ConfigError("--rollout-engine sglang is not available in this version: use --rollout-engine embedded.")
+    if args.rollout_num_gpus_per_engine > 1:
+        raise ConfigError(
+            f"--rollout-num-gpus-per-engine {args.rollout_num_gpus_per_engine}: the embedded engine serves one slot. "
+            "Use 1; more slots make more engines."
+        )
+    _check_sglang_args(args.sglang_args)
     _check_router_args(args.router_args)
     check_model_directory(args.hf_checkpoint, "--hf-checkpoint")
     if args.ref_load is not None and not Path(args.ref_load).is_dir():
         raise ConfigError(f"--ref-load: there is no directory {args.ref_load}.")
+
+
+def _check_sglang_args(tokens: list[str]) -> None:
+    """Refuse engine flags that slime sets and misspelt ones; others of SGLang's pass, a warning names them later."""
+    known = _embedded_flags()
+    for name in (token.partition("=")[0] for token in tokens if token.startswith("--")):
+        if name in SGLANG_FLAGS_SET_BY_SLIME:
+            instead = SGLANG_FLAGS_SET_BY_SLIME[name]
+            advice = f"use {instead}" if instead else "drop it"
+            raise ConfigError(f"--sglang-{name[2:]} is set by slime: {advice}.")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=NEARLY_THE_SAME)
+        if near and name not in known:
+            raise ConfigError(f"Unknown setting --sglang-{name[2:]}. Did you mean --sglang-{near[0][2:]}?")
+
+
+def _embedded_flags() -> list[str]:
+    from slime.engine.embedded.args import ServerArgs
+
+    return [flag_of(item.name) for item in dataclasses.fields(ServerArgs)]
+
+
+def _engine_context(args: Args) -> int | None:
+    """Tokens of prompt and response that an engine takes: --sglang-context-length, else what the model was made for."""
+    model_context = context_length(read_model_config(args.hf_checkpoint))
+    given = _passed_on_value(args.sglang_args, "--context-length")
+    if given is None:
+        return model_context
+    if not given.isdecimal() or int(given) == 0:
+        raise ConfigError(f"--sglang-context-length must be above 0, got {given!r}.")
+    return int(given) if model_context is None else min(int(given), model_context)
+
+
+def _passed_on_value(tokens: list[str], flag: str) -> str | None:
+    """The last value of `flag` among tokens such as `--flag value` and `--flag=value`; None where it is not there."""
+    value = None
+    for token, following in pairwise([*tokens, ""]):
+        if token.partition("=")[0] == flag:
+            value = token.partition("=")[2] if "=" in token else following
+    return value
 
 
 def _check_router_args(tokens: list[str]) -> None:

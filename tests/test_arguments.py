@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+import slime
 from slime.arguments import ALL_GROUPS, Args, parse_args, settings_as_dict
 from slime.config import ConfigError
 from slime.config.flags import Setting, build_parser, flag_of, reference_page, settings_of
@@ -81,6 +84,20 @@ def test_args_hold_every_setting_once_and_no_other() -> None:
     assert {f.name for f in dataclasses.fields(Args)} == set(names)
 
 
+def test_every_setting_is_read_where_it_takes_effect() -> None:
+    package = Path(inspect.getfile(slime)).parent
+    declarations = {Path(inspect.getfile(group)) for group in ALL_GROUPS}
+    read = {
+        node.attr
+        for path in package.rglob("*.py")
+        if path not in declarations
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    with_a_choice = [setting for setting in SETTINGS if setting.choices is None or len(setting.choices) > 1]
+    assert [setting.name for setting in with_a_choice if setting.name not in read] == []
+
+
 def test_no_flag_means_two_things() -> None:
     flags = [flag for setting in SETTINGS for flag in setting.flags]
     assert len(flags) == len(set(flags))
@@ -145,6 +162,11 @@ def test_flags_become_typed_settings(base: list[str]) -> None:
         (["--num-rollout"], "Argument --num-rollout: expected one argument."),
         (["--apply-chat-template-kwargs", "{"], "not JSON: '{'"),
         (["--apply-chat-template-kwargs", "[1]"], "must be a JSON object, got '[1]'"),
+        (["--rollout-engine", "sglang"], "--rollout-engine sglang is not available in this version"),
+        (
+            ["--actor-num-gpus-per-node", "2", "--rollout-num-gpus-per-engine", "2"],
+            "--rollout-num-gpus-per-engine 2: the embedded engine serves one slot",
+        ),
         (["--train-backend", "megatron"], "--train-backend megatron is not available in this version"),
         (["--hf-checkpoint", "absent"], "--hf-checkpoint: there is no directory absent."),
         (["--hf-checkpoint", "."], "--hf-checkpoint: . has no config.json"),
@@ -258,6 +280,38 @@ def test_engine_flags_are_passed_on_without_their_prefix(base: list[str]) -> Non
     assert args.rollout_batch_size == 4
 
 
+def test_flags_that_only_sglang_knows_pass(base: list[str]) -> None:
+    names = "log-level-http tokenizer-mode max-prefill-tokens kv-cache-dtype cuda-graph-max-bs dp-size load-format"
+    flags = ["--" + name for name in names.split()]
+    assert parse_args([*base, *("--sglang-" + flag[2:] for flag in flags)]).sglang_args == flags
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "context"),
+    [
+        ({"max_position_embeddings": 64}, [], 64),
+        ({"text_config": {"max_position_embeddings": 48}}, [], 48),
+        ({"max_position_embeddings": 64}, ["--rollout-max-context-len", "32"], 32),
+        ({"max_position_embeddings": 64}, ["--sglang-context-length=16"], 16),
+        ({"max_position_embeddings": 64}, ["--sglang-context-length", "128"], 64),
+        ({}, [], None),
+    ],
+)
+def test_the_context_is_the_engines_where_it_is_not_given(
+    model: Path, base: list[str], config: dict[str, Any], flags: list[str], context: int | None
+) -> None:
+    (model / "config.json").write_text(json.dumps(config))
+    args = parse_args([*base, *flags])
+    assert (args.rollout_max_context_len, args.eval_max_context_len) == (context, context)
+    assert args.rollout_max_prompt_len == (31 if "--rollout-max-context-len" in flags else None)
+
+
+def test_a_config_json_that_is_no_json_is_named(model: Path, base: list[str]) -> None:
+    (model / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
+        parse_args(base)
+
+
 def test_engine_settings_of_slimes_own_are_not_passed_on(base: list[str]) -> None:
     args = parse_args([*base, "--sglang-server-concurrency", "7", "--sglang-mem-fraction-static", "0.7"])
     assert args.sglang_server_concurrency == 7
@@ -294,6 +348,9 @@ def test_a_file_passes_on_too_and_flags_come_after(base: list[str], tmp_path: Pa
         (["--sglang-tp-size", "2"], "--sglang-tp-size is set by slime: use --rollout-num-gpus-per-engine."),
         (["--sglang-port=3"], "--sglang-port is set by slime: drop it."),
         (["--sglang-model-path", "x"], "--sglang-model-path is set by slime: use --hf-checkpoint."),
+        (["--sglang-mem-fraction-staic", "0.5"], "Did you mean --sglang-mem-fraction-static?"),
+        (["--sglang-context-len=64"], "Did you mean --sglang-context-length?"),
+        (["--sglang-context-length", "many"], "--sglang-context-length must be above 0, got 'many'."),
         (["--router-balance-abs-treshold", "1"], "Did you mean --router-balance-abs-threshold?"),
         (["--router-policy", "best"], "--router-policy: invalid choice: 'best'"),
         (["--router-qqqqqqqqqqqq"], "Unknown setting --router-qqqqqqqqqqqq."),

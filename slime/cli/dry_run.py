@@ -75,6 +75,8 @@ def _slots(args: Args) -> Iterator[tuple[str, str]]:
 def _data(args: Args, findings: Findings) -> Iterator[tuple[str, str]]:
     if findings.num_prompts is not None:
         yield "prompts", f"{findings.num_prompts:,} in {args.prompt_data}"
+    else:
+        yield "prompts", "unknown (the run itself finds them)"
     for name, count in findings.eval_sizes.items():
         yield f"evaluation {name}", f"{count:,} prompts, {args.n_samples_per_eval_prompt} samples each"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slime.config import ConfigError
+from slime.config.model import context_length, read_model_config
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _LONGEST_HEADER = 100 * 2**20  # safetensors' own limit
@@ -26,14 +27,13 @@ class ModelFiles:
     @property
     def context_length(self) -> int | None:
         """Positions that the model was made for; None where config.json does not say."""
-        length = self.config.get("max_position_embeddings")
-        return length if isinstance(length, int) else None
+        return context_length(self.config)
 
 
 def read_model_files(directory: str) -> ModelFiles:
     """The model in `directory`. Raises ConfigError, naming file and tensor, where one is missing or does not fit."""
     folder = Path(directory)
-    config = _read_config(folder / "config.json")
+    config = read_model_config(directory)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ConfigError(f"--hf-checkpoint: {directory} has no tokenizer (tokenizer.json and the like).")
     weights = sorted(folder.glob("*.safetensors"))
@@ -43,17 +43,6 @@ def read_model_files(directory: str) -> ModelFiles:
     shapes = {name: shape for path in weights for name, shape in _read_shapes(path)}
     _check_shapes(directory, config, shapes)
     return ModelFiles(config, shapes, sum(path.stat().st_size for path in weights or others))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--hf-checkpoint: {path} is not JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"--hf-checkpoint: {path} must be a JSON object.")
-    text: dict[str, Any] = config.get("text_config", config)
-    return text
 
 
 def _read_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from slime.arguments import Args
 from slime.cli.model_files import ModelFiles, read_model_files
 from slime.config import ConfigError
 from slime.config.base import flag_of
+from slime.config.rollout import DEFAULT_ROLLOUT_FUNCTION
 from slime.data.dataset import RowKeys
 from slime.data.files import read_rows
 from slime.utils.misc import load_function
 from slime.utils.types import Sample
+from slime.weight_sync.folder import NUM_VERSIONS, free_bytes, weights_root
 
 PLUGINS = (
     "rollout_function_path",
@@ -30,13 +32,12 @@ PLUGINS = (
     "custom_rm_path",
     "custom_reward_post_process_path",
 )
-DEFAULT_ROLLOUT = "slime.rollout.sglang_rollout.generate_rollout"
 ROUTER_DEADLINE_S = 5.0
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the checks have read. num_prompts: None where the rollout function finds its own."""
+    """What the checks have read. num_prompts: None where only the run itself will know."""
 
     model: ModelFiles
     num_prompts: int | None
@@ -47,7 +48,7 @@ def preflight(args: Args) -> Findings:
     """Check everything that needs no cluster. Raises ValueError with one sentence: what, where, and what to do."""
     model = read_model_files(args.hf_checkpoint)
     _check_plugins(args)
-    num_prompts = _check_prompts(args, model.context_length) if args.rollout_global_dataset else None
+    num_prompts = _check_prompts(args) if args.rollout_global_dataset else None
     eval_sizes = dict(_check_eval_sets(args))
     _check_folders(args, model)
     if args.load is not None:
@@ -73,72 +74,106 @@ def _check_plugins(args: Args) -> None:
 # --- data
 
 
-def _check_prompts(args: Args, context_length: int | None) -> int:
-    """The number of prompts. Every row is read; a data source of the user's own may read them in its own way."""
+class Purpose(NamedTuple):
+    """What the rows of a file are for. flags: the prefix of its flags. context: None where a filter bounds prompts."""
+
+    flags: str
+    reward_key: str | None
+    context: int | None
+
+
+def _check_prompts(args: Args) -> int | None:
+    """The number of prompts. Every row is read; None: a data source of the user's own reads them in its own way."""
     assert args.prompt_data is not None
     if not args.data_source_path.startswith("slime."):
-        return 0
+        return None
     keys = RowKeys(args.input_key, args.label_key, args.metadata_key, args.tool_key)
-    samples = _samples(args, args.prompt_data, keys, context_length, args.rollout_max_prompt_len)
-    first = next(samples, None)
-    if first is None:
+    context = args.rollout_max_context_len if args.rollout_max_prompt_len is None else None
+    count = _check_rows(args, args.prompt_data, keys, Purpose("--", args.reward_key, context))
+    if count == 0:
         raise ConfigError(f"--prompt-data: {args.prompt_data} holds no prompts.")
-    _check_reward(args, first)
-    return 1 + sum(1 for _ in samples)
+    return count
 
 
 def _check_eval_sets(args: Args) -> Iterator[tuple[str, int]]:
     pairs = args.eval_prompt_data or []
     keys = RowKeys(args.eval_input_key or args.input_key, args.eval_label_key, args.metadata_key, args.eval_tool_key)
+    context = args.eval_max_context_len if args.eval_max_prompt_len is None else None
     for name, path in zip(pairs[::2], pairs[1::2], strict=True):
-        count = sum(1 for _ in _samples(args, path, keys, None, args.eval_max_prompt_len))
+        count = _check_rows(args, path, keys, Purpose("--eval-", args.eval_reward_key, context))
         if count == 0:
             raise ConfigError(f"--eval-prompt-data: {path} ({name}) holds no prompts.")
         yield name, count
 
 
-def _samples(
-    args: Args, path: str, keys: RowKeys, context_length: int | None, max_prompt_len: int | None
-) -> Iterator[Sample]:
-    """Every row as a sample. Raises ValueError, with file and line, at the first that the run could not use."""
-    needs_text = _samples_by_default(args) and args.custom_generate_function_path is None
+def _check_rows(args: Args, path: str, keys: RowKeys, purpose: Purpose) -> int:
+    """The number of rows. Raises ValueError, with file and line, at the first that the run could not use."""
+    by_default = _samples_by_default(args, purpose)
+    needs_text = by_default and args.custom_generate_function_path is None
+    count = 0
     for row in read_rows(path):
         sample = keys.read(row)
         if needs_text and not args.apply_chat_template and not isinstance(sample.prompt, str):
             raise ConfigError(f"{row.location}: the prompt is a list of chat messages: add --apply-chat-template.")
-        if needs_text and context_length is not None and max_prompt_len is None:
-            _check_length(args, sample, row.location, context_length)
-        yield sample
+        if needs_text and purpose.context is not None:
+            _check_length(args, sample, row.location, purpose)
+        _check_reward(args, sample, row.location, purpose)
+        count += 1
+    return count
 
 
-def _check_length(args: Args, sample: Sample, location: str, context_length: int) -> None:
+def _check_length(args: Args, sample: Sample, location: str, purpose: Purpose) -> None:
     """Without a filter a prompt must leave room for an answer. A token has a byte at least: few are tokenized."""
+    assert purpose.context is not None
     text = sample.prompt if isinstance(sample.prompt, str) else "".join(str(m.get("content")) for m in sample.prompt)
-    if len(text.encode()) < context_length:
+    if len(text.encode()) < purpose.context:
         return
     from slime.utils.processing_utils import load_tokenizer
 
     num_tokens = len(load_tokenizer(args.hf_checkpoint)(text, add_special_tokens=False)["input_ids"])
-    if num_tokens >= context_length:
+    if num_tokens >= purpose.context:
+        flag = "--eval-max-prompt-len" if purpose.flags == "--eval-" else "--rollout-max-prompt-len"
         raise ConfigError(
-            f"{location}: the prompt has {num_tokens} tokens, the model's context {context_length}. Take it out, or "
-            "set --rollout-max-prompt-len to leave such prompts out."
+            f"{location}: the prompt has {num_tokens} tokens, the context {purpose.context}. Take it out, or set "
+            f"{flag} to leave such prompts out."
         )
 
 
-def _samples_by_default(args: Args) -> bool:
-    return args.rollout_function_path == DEFAULT_ROLLOUT and not args.debug_train_only
+def _samples_by_default(args: Args, purpose: Purpose) -> bool:
+    function = args.eval_function_path if purpose.flags == "--eval-" else None
+    return (function or args.rollout_function_path) == DEFAULT_ROLLOUT_FUNCTION
 
 
-def _check_reward(args: Args, first: Sample) -> None:
-    """--rm-type must be known; with the default rollout there must be some reward."""
+def _check_reward(args: Args, sample: Sample, location: str, purpose: Purpose) -> None:
+    """A rule must be known; the default rollout needs one, with the label and the key that go with it."""
+    from slime.rollout.rm_hub import RULES_OF_DICTS, RULES_WITH_LABEL
+
+    name = _rule(args, sample, location)
+    rules_decide = args.custom_rm_path is None and args.custom_generate_function_path is None
+    if not (rules_decide and _samples_by_default(args, purpose)):
+        return
+    if name is None:
+        raise ConfigError(f"{location}: no reward is chosen: give --rm-type or --custom-rm-path.")
+    if name in RULES_WITH_LABEL and sample.label is None:
+        raise ConfigError(f"{location}: the rule {name} compares with a label: name its key with --label-key.")
+    if name in RULES_OF_DICTS and purpose.reward_key is None:
+        raise ConfigError(
+            f"{location}: the rewards of the rule {name} are dicts: name the entry to use with "
+            f"{purpose.flags}reward-key, such as score."
+        )
+    if name == "remote_rm" and args.rm_url is None:
+        raise ConfigError(f"{location}: the rule remote_rm needs the address of its server: give --rm-url.")
+
+
+def _rule(args: Args, sample: Sample, location: str) -> str | None:
+    """The name of the rule that scores `sample`: its own, else that of --rm-type. Raises ValueError if unknown."""
     from slime.rollout.rm_hub import check_rm_type
 
-    rm_type = first.metadata.get("rm_type") or args.rm_type
-    if rm_type is not None:
-        check_rm_type(rm_type)
-    elif _samples_by_default(args) and args.custom_rm_path is None and args.custom_generate_function_path is None:
-        raise ConfigError("no reward is chosen: give --rm-type or --custom-rm-path.")
+    own = sample.metadata.get("rm_type")
+    try:
+        return check_rm_type(str(own or args.rm_type)) if own or args.rm_type else None
+    except ValueError as error:
+        raise ValueError(f"{location}: {error}" if own else str(error)) from error
 
 
 # --- folders, checkpoint, router
@@ -149,10 +184,11 @@ def _check_folders(args: Args, model: ModelFiles) -> None:
         folder = getattr(args, name)
         if folder is not None:
             _check_writable(Path(folder), flag_of(name))
-    root = Path(args.update_weight_disk_dir or "/dev/shm")
-    if args.debug_train_only or not root.is_dir():
+    if args.debug_train_only:
         return
-    wanted, free = 2 * model.num_bytes, shutil.disk_usage(root).free
+    run_dir = Path(args.run_dir or args.save or "runs")
+    root = weights_root(args.update_weight_disk_dir, run_dir, num_bytes=model.num_bytes)
+    wanted, free = NUM_VERSIONS * model.num_bytes, free_bytes(root)
     if wanted > free:
         raise ConfigError(
             f"{root} has {free / 2**30:.1f} GiB free, two versions of the weights take {wanted / 2**30:.1f}: name a "

@@ -7,7 +7,6 @@ and writes the report. Both runs are ordinary `slime train --config FILE` runs w
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -57,6 +56,11 @@ GRPO_SETTINGS = {
     "eval_temperature": 0.0,
 }
 EVAL_NAME = "sums"
+LEARNED = 0.9  # held-out accuracy from which the quickstart has worked
+
+
+class NotLearned(RuntimeError):
+    """The quickstart ran to its end and the model did not learn."""
 
 
 class Result(NamedTuple):
@@ -81,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome.log_dir = directory
         result = run(directory, options.seed)
         print_summary(result)
+        if result.after < LEARNED:
+            raise NotLearned(f"held-out accuracy is {result.after:.3f}, expected at least {LEARNED}: {result.report}")
     return outcome.code
 
 
@@ -192,8 +198,3 @@ def print_summary(result: Result) -> None:
     table.add_row("learning curve", str(result.curve))
     table.add_row("report", str(result.report))
     Console().print(table)
-
-
-def as_json(result: Result) -> str:
-    """One line for scripts."""
-    return json.dumps({key: str(value) if isinstance(value, Path) else value for key, value in result._asdict().items()})

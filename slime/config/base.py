@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,7 +30,10 @@ class Group:
     """Base of all groups. A subclass checks its own fields in `__post_init__` and calls `super().__post_init__()`."""
 
     def __post_init__(self) -> None:
-        """End of the cooperative chain."""
+        """End of the cooperative chain: what holds for every field."""
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            check(not isinstance(value, float) or math.isfinite(value), item.name, "a finite number", value)
 
 
 def flag_of(name: str) -> str:

@@ -20,7 +20,7 @@ class ClusterConfig(Group):
     actor_num_gpus_per_node: int = arg(8, "Slots on each of these nodes: one trainer rank a slot.")
     rollout_num_gpus: int | None = arg(None, "Slots for inference in all. With --colocate: the trainers' slots.")
     rollout_num_gpus_per_engine: int = arg(1, "Slots of one engine (its tensor-parallel size, over nodes if need be).")
-    num_gpus_per_node: int = arg(8, "Slots of a node; set it where a node has fewer than 8.")
+    num_gpus_per_node: int | None = arg(None, "Slots of a node; no node is asked for more (default: what Ray finds).")
     colocate: bool = arg(False, "Trainers and engines share the same slots and take turns.")
     offload: bool = arg(False, "Both --offload-train and --offload-rollout.")
     offload_train: bool | None = arg(None, "Trainers give up device memory while engines sample (default: --colocate).")

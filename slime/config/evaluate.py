@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slime.config.base import Group, arg, check, check_positive
+from slime.config.base import Group, arg, check, check_not_negative, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,12 @@ class EvaluateConfig(Group):
     def __post_init__(self) -> None:
         check_positive(self, "eval_interval", "n_samples_per_eval_prompt", "eval_max_response_len")
         check_positive(self, "eval_max_prompt_len", "eval_min_new_tokens", "eval_max_context_len")
+        check_not_negative(self, "eval_temperature")
+        top_p, top_k = self.eval_top_p, self.eval_top_k
+        check(top_p is None or 0 < top_p <= 1, "eval_top_p", "above 0 and at most 1", top_p)
+        check(top_k is None or top_k == -1 or top_k > 0, "eval_top_k", "-1 or above 0", top_k)
         pairs = self.eval_prompt_data or []
         check(len(pairs) % 2 == 0, "eval_prompt_data", "pairs of a name and a file", pairs)
+        names = pairs[::2]
+        check(len(set(names)) == len(names), "eval_prompt_data", "pairs whose names differ", names)
         super().__post_init__()

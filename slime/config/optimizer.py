@@ -52,6 +52,12 @@ class OptimizerConfig(Group):
         check_not_negative(self, "max_skipped_steps")
         fraction = self.lr_warmup_fraction
         check(fraction is None or 0 <= fraction <= 1, "lr_warmup_fraction", "between 0 and 1", fraction)
+        check(
+            fraction is None or self.lr_warmup_iters == 0,
+            "lr_warmup_fraction",
+            f"left out where --lr-warmup-iters {self.lr_warmup_iters} is given",
+            fraction,
+        )
         check(self.min_lr <= self.lr, "min_lr", f"at most --lr {self.lr}", self.min_lr)
         for name in ("adam_beta1", "adam_beta2"):
             check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))

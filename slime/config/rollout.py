@@ -7,6 +7,8 @@ from typing import Literal
 
 from slime.config.base import Group, arg, check, check_not_negative, check_positive
 
+DEFAULT_ROLLOUT_FUNCTION = "slime.rollout.sglang_rollout.generate_rollout"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(Group):
@@ -14,11 +16,9 @@ class RolloutConfig(Group):
 
     hf_checkpoint: str = arg("", "Hugging Face directory: tokenizer, engine start, and the trainer's first weights.")
     rollout_engine: Literal["auto", "sglang", "embedded"] = arg(
-        "auto", "What samples; auto is SGLang where it and a GPU are there, else the embedded engine."
+        "auto", "What samples; auto is the embedded engine. sglang is not available in this version."
     )
-    rollout_function_path: str = arg(
-        "slime.rollout.sglang_rollout.generate_rollout", "The function that turns prompts into scored samples."
-    )
+    rollout_function_path: str = arg(DEFAULT_ROLLOUT_FUNCTION, "The function that turns prompts into scored samples.")
     custom_generate_function_path: str | None = arg(None, "Replaces the generation of one sample only.")
     rollout_batch_size: int | None = arg(None, "Prompts of one rollout (required).")
     n_samples_per_prompt: int = arg(1, "Responses sampled for each prompt: the group.")
@@ -29,7 +29,11 @@ class RolloutConfig(Group):
     rollout_top_p: float = arg(1.0, "Nucleus sampling.")
     rollout_top_k: int = arg(-1, "Sample among the k most likely tokens; -1: all.")
     rollout_max_context_len: int | None = arg(None, "Longest prompt + response, in tokens (default: the model's).")
-    rollout_max_prompt_len: int | None = arg(None, "Longer prompts are left out (default: context - 1, where known).")
+    rollout_max_prompt_len: int | None = arg(
+        None,
+        "Longer prompts are left out (default: --rollout-max-context-len - 1 where that is given; without either a "
+        "prompt longer than the context is an error).",
+    )
     rollout_max_response_len: int = arg(1024, "Longest response, in tokens.")
     rollout_skip_special_tokens: bool = arg(False, "Leave special tokens out of `Sample.response`.")
     rollout_stop: list[str] | None = arg(None, "Strings that end a response.")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from slime.config.base import ConfigError
+from slime.config.rollout import DEFAULT_ROLLOUT_FUNCTION
 from slime.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,13 @@ def _cluster(config: RunConfig) -> dict[str, Any]:
     else:
         num_slots = config.rollout_num_gpus or 0
         _require(num_slots > 0, "--rollout-num-gpus must be given and above 0, or --colocate.")
+    if config.colocate and config.rollout_num_gpus not in (None, num_slots):
+        logger.warning("--rollout-num-gpus %s is ignored: --colocate has %d", config.rollout_num_gpus, num_slots)
+    _require(
+        config.num_gpus_per_node is None or config.actor_num_gpus_per_node <= config.num_gpus_per_node,
+        f"--actor-num-gpus-per-node {config.actor_num_gpus_per_node} is more than a node has: --num-gpus-per-node "
+        f"{config.num_gpus_per_node}.",
+    )
     _require(
         num_slots % config.rollout_num_gpus_per_engine == 0,
         f"--rollout-num-gpus-per-engine {config.rollout_num_gpus_per_engine} must divide the {num_slots} engine slots.",
@@ -55,7 +62,17 @@ def _checkpoint(config: RunConfig) -> dict[str, Any]:
     _require(
         config.save_interval is None or config.save is not None, "--save-interval needs --save: a folder to write to."
     )
+    _require(
+        config.ref_ckpt_step is None or config.ref_load is not None,
+        "--ref-ckpt-step needs --ref-load: the checkpoint folder that has this step.",
+    )
     if not config.resume:
+        _require(
+            config.ckpt_step is None or config.load is not None,
+            "--ckpt-step needs --load (or --resume): the checkpoint folder that has this step.",
+        )
+        if config.no_load_optim and config.load is None:
+            logger.warning("--no-load-optim is ignored without --load or --resume")
         return {}
     _require(
         config.load in (None, config.save), f"--resume continues from --save {config.save}; drop --load {config.load}."
@@ -140,10 +157,24 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         (config.sglang_router_ip is None) == (config.sglang_router_port is None),
         "--sglang-router-ip and --sglang-router-port go together.",
     )
-    max_prompt_len = config.rollout_max_prompt_len
-    if max_prompt_len is None and config.rollout_max_context_len is not None:
-        max_prompt_len = config.rollout_max_context_len - 1
+    _require(
+        not config.debug_train_only or config.rollout_function_path != DEFAULT_ROLLOUT_FUNCTION,
+        "--debug-train-only starts no engines and the default rollout needs them: give a --rollout-function-path that "
+        "brings complete samples, such as slime.rollout.sft_rollout.generate_rollout.",
+    )
+    max_prompt_len, context = config.rollout_max_prompt_len, config.rollout_max_context_len
+    if max_prompt_len is None and context is not None:
+        max_prompt_len = max(1, context - 1)
+    _check_prompt_fits("rollout", max_prompt_len, context)
     return {"rollout_max_prompt_len": max_prompt_len}
+
+
+def _check_prompt_fits(kind: str, max_prompt_len: int | None, context: int | None) -> None:
+    _require(
+        max_prompt_len is None or context is None or max_prompt_len < context,
+        f"--{kind}-max-prompt-len {max_prompt_len} must be below --{kind}-max-context-len {context}: a response needs "
+        "at least one token.",
+    )
 
 
 def _evaluate(config: RunConfig) -> dict[str, Any]:
@@ -155,6 +186,12 @@ def _evaluate(config: RunConfig) -> dict[str, Any]:
         config.eval_interval is None or not config.debug_train_only,
         "--eval-interval needs engines: drop it, or --debug-train-only.",
     )
+    max_prompt_len = _first(config.eval_max_prompt_len, config.rollout_max_prompt_len)
+    if config.eval_max_prompt_len is None and config.eval_max_context_len is not None:
+        longest = max(1, config.eval_max_context_len - 1)
+        max_prompt_len = longest if max_prompt_len is None else min(max_prompt_len, longest)
+    max_context_len = _first(config.eval_max_context_len, config.rollout_max_context_len)
+    _check_prompt_fits("eval", max_prompt_len, max_context_len)
     return {
         "eval_input_key": config.eval_input_key or config.input_key,
         "eval_label_key": config.eval_label_key or config.label_key,
@@ -163,19 +200,34 @@ def _evaluate(config: RunConfig) -> dict[str, Any]:
         "eval_top_p": _first(config.eval_top_p, config.rollout_top_p),
         "eval_top_k": _first(config.eval_top_k, config.rollout_top_k),
         "eval_max_response_len": _first(config.eval_max_response_len, config.rollout_max_response_len),
-        "eval_max_prompt_len": _first(config.eval_max_prompt_len, config.rollout_max_prompt_len),
-        "eval_max_context_len": _first(config.eval_max_context_len, config.rollout_max_context_len),
+        "eval_max_prompt_len": max_prompt_len,
+        "eval_max_context_len": max_context_len,
         "eval_reward_key": _first(config.eval_reward_key, config.reward_key),
     }
 
 
+def with_context(config: RunT, longest: int) -> RunT:
+    """`config` with the contexts that are not given set to `longest`, the tokens that an engine takes.
+
+    A prompt limit does not follow from it: a prompt that the user did not ask to leave out shall be an error.
+    Raises ConfigError where a length that is given does not fit.
+    """
+    rollout_context = _first(config.rollout_max_context_len, longest)
+    eval_context = _first(config.eval_max_context_len, rollout_context)
+    _require(
+        rollout_context <= longest or config.debug_train_only,
+        f"--rollout-max-context-len {rollout_context} is more than the {longest} tokens of the model or of "
+        "--sglang-context-length.",
+    )
+    _require(
+        eval_context <= rollout_context,
+        f"--eval-max-context-len {eval_context} is more than --rollout-max-context-len {rollout_context}: engines are "
+        "started with the latter.",
+    )
+    _check_prompt_fits("rollout", config.rollout_max_prompt_len, rollout_context)
+    _check_prompt_fits("eval", config.eval_max_prompt_len, eval_context)
+    return replace(config, rollout_max_context_len=rollout_context, eval_max_context_len=eval_context)
+
+
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
-
-
-def check_model_directory(path: str, flag: str) -> None:
-    """Raise ConfigError unless `path` is a directory with a config.json."""
-    _require(Path(path).is_dir(), f"{flag}: there is no directory {path}.")
-    _require(
-        (Path(path) / "config.json").is_file(), f"{flag}: {path} has no config.json; it must be a Hugging Face model."
-    )

@@ -80,7 +80,8 @@ def _positions(lengths: Array, rows: Array) -> Array:
 def batch_from_samples(
     samples: Sequence[Sample], rewards: Sequence[float], *, rewards_are_final: bool = False
 ) -> TrainBatch:
-    """Lay samples end to end. Raises ValueError, naming the sample, where its lengths contradict each other.
+    """Lay samples end to end. Raises ValueError, naming the sample, where its lengths contradict each other or its
+    reward is not finite.
 
     rewards: one number a sample. Engine log-probs are kept where every sample has them.
     """
@@ -95,6 +96,7 @@ def batch_from_samples(
                 f"sample {sample.index} ({sample.status.value}) has {len(sample.tokens)} tokens, of which "
                 f"{sample.response_length} response; training needs at least one of prompt and one of response"
             )
+    rewards_S = _finite_rewards(samples, rewards, are_final=rewards_are_final)
     has_log_probs = all(sample.rollout_log_probs is not None for sample in samples)
     return TrainBatch(
         tokens=_flat((sample.tokens for sample in samples), np.int32),
@@ -102,11 +104,23 @@ def batch_from_samples(
         response_lengths=np.array([sample.response_length for sample in samples], dtype=np.int32),
         loss_mask=_flat((_mask(sample) for sample in samples), np.float32),
         rollout_log_probs=_flat((s.rollout_log_probs or [] for s in samples), np.float32) if has_log_probs else None,
-        rewards=np.array(rewards, dtype=np.float32),
+        rewards=rewards_S,
         group_ids=np.array([_group_id(sample) for sample in samples], dtype=np.int64),
         sample_indices=np.array([-1 if s.index is None else s.index for s in samples], dtype=np.int64),
         rewards_are_final=rewards_are_final,
     )
+
+
+def _finite_rewards(samples: Sequence[Sample], rewards: Sequence[float], *, are_final: bool) -> Array:
+    """`rewards` in float32, [S]. Raises ValueError at the first that is not finite there."""
+    with np.errstate(over="ignore"):
+        rewards_S: Array = np.array(rewards, dtype=np.float32)
+    (bad,) = np.nonzero(~np.isfinite(rewards_S))
+    if len(bad):
+        sample, reward = samples[bad[0]], rewards[bad[0]]
+        source = "--custom-reward-post-process-path returned" if are_final else "its reward function or generation set"
+        raise ValueError(f"sample {sample.index}: the reward that {source} is {reward}; it must be finite in float32")
+    return rewards_S
 
 
 def _mask(sample: Sample) -> list[int]:

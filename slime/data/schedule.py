@@ -20,8 +20,8 @@ ATTENTION_CROSSOVER = 24_576
 class PackingLimit:
     """How much one micro-batch holds: `max_tokens` where given, else `max_samples`."""
 
-    max_tokens: int | None = None
     max_samples: int = 1
+    max_tokens: int | None = None
 
     def admits(self, num_samples: int, num_tokens: int) -> bool:
         """Whether this many samples and tokens fit; a single sample always does."""
@@ -87,13 +87,20 @@ def split_into(bins: list[list[int]], count: int, lengths: Sequence[int]) -> lis
 
 
 def plan_step(
-    lengths: NDArray[np.int32], rank: int, num_ranks: int, *, limit: PackingLimit, balance: bool
+    lengths: NDArray[np.int32],
+    rank: int,
+    num_ranks: int,
+    *,
+    limit: PackingLimit,
+    balance: bool,
+    multiple_of: int = 1,
 ) -> list[list[int]]:
     """Micro-batches of one rank for one step, as rows of `lengths`; every rank gets the same number of them.
 
-    A rank with fewer samples than micro-batches gets empty ones.
+    Their number is a multiple of `multiple_of`. A rank with fewer samples than micro-batches gets empty ones.
     """
     shares = share_among_ranks(sequence_costs(lengths).tolist(), num_ranks, balance=balance)
     sizes = lengths.tolist()
     plans = [[[share[i] for i in members] for members in pack([sizes[r] for r in share], limit)] for share in shares]
-    return split_into(plans[rank], max(map(len, plans)), sizes)
+    count = -(-max(map(len, plans)) // multiple_of) * multiple_of
+    return split_into(plans[rank], count, sizes)

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, NamedTuple, TextIO, cast
 
 from slime.observability.metrics import eval_names
 
@@ -28,15 +28,22 @@ WAITING_LINE_EVERY_S = 30.0
 _BARS = "▁▂▃▄▅▆▇█"
 
 
+class _Phase(NamedTuple):
+    name: str
+    waiting_for: str
+    since: float
+
+
 class Progress:
     """State and life-cycle of the display; a context manager.
 
-    num_rollout: the rollout id at which the run ends. start_rollout_id: the first one of this session.
+    num_rollout: the rollout id at which the run ends; None where `begin` tells. start_rollout_id: the first one of this
+    session.
     """
 
     def __init__(
         self,
-        num_rollout: int,
+        num_rollout: int | None = None,
         *,
         start_rollout_id: int = 0,
         console: Console | None = None,
@@ -54,15 +61,25 @@ class Progress:
         self._step_seconds: deque[float] = deque(maxlen=10)
         self._latest: dict[str, float] = {}
         self._rewards: deque[float] = deque(maxlen=16)
-        self._phases: list[tuple[str, float]] = []  # innermost last: what is waited for, since when
+        self._phases: list[_Phase] = []  # innermost last
         self._last_line = self._started
         self._lock = threading.RLock()
         self._resources = ExitStack()
 
+    def begin(self, start_rollout_id: int, num_rollout: int) -> None:
+        """From here on it is known which rollouts there are."""
+        with self._lock:
+            self._num_done, self._num_rollout = start_rollout_id, num_rollout
+
+    def begin_step(self) -> None:
+        """A rollout begins: time counts for it from here on, else from the end of the one before."""
+        with self._lock:
+            self._last_update = self._clock()
+
     @contextmanager
     def phase(self, name: str, waiting_for: str | None = None) -> Iterator[None]:
         """Show `name` while the block runs; after 10 s as "waiting for `waiting_for`" (default: the name)."""
-        entry = (waiting_for or name, self._clock())
+        entry = _Phase(name, waiting_for or name, self._clock())
         with self._lock:
             self._phases.append(entry)
         try:
@@ -82,7 +99,7 @@ class Progress:
             self._step_seconds.append(now - self._last_update)
             self._last_update = self._last_line = now
         if not self._console.is_terminal:
-            parts = [f"rollout {self._num_done}/{self._num_rollout}", *self._facts(), *self._time_left()]
+            parts = [self._count_text(), *self._facts(), *self._time_left()]
             self._print_line("   ".join(parts))
 
     def note(self, metrics: Mapping[str, float]) -> None:
@@ -94,7 +111,7 @@ class Progress:
         """Print a waiting line where one is due and the display is no terminal."""
         now = self._clock()
         with self._lock:
-            if not self._phases or now - max(self._last_line, self._phases[-1][1]) < WAITING_LINE_EVERY_S:
+            if not self._phases or now - max(self._last_line, self._phases[-1].since) < WAITING_LINE_EVERY_S:
                 return
             self._last_line = now
             line = self._phase_text()
@@ -139,7 +156,7 @@ class Progress:
             elapsed = f"{_clock_text(self._clock() - self._started)} elapsed"
             head = Table.grid(padding=(0, 2))
             head.add_row(
-                Text(f"rollout {self._num_done}/{self._num_rollout}", style="bold", no_wrap=True),
+                Text(self._count_text(), style="bold", no_wrap=True),
                 ProgressBar(total=self._num_rollout, completed=self._num_done, width=20),
                 Text("  ".join([elapsed, *self._time_left()]), style="dim", no_wrap=True),
                 Text(sparkline(list(self._rewards)), style="green", no_wrap=True),
@@ -148,14 +165,17 @@ class Progress:
             facts = Text("   ".join(self._facts()), no_wrap=True, overflow="ellipsis")
         return Group(head, phase, facts)
 
+    def _count_text(self) -> str:
+        return "starting" if self._num_rollout is None else f"rollout {self._num_done}/{self._num_rollout}"
+
     def _is_waiting(self) -> bool:
-        return bool(self._phases) and self._clock() - self._phases[-1][1] >= WAITING_AFTER_S
+        return bool(self._phases) and self._clock() - self._phases[-1].since >= WAITING_AFTER_S
 
     def _phase_text(self) -> str:
         if not self._phases:
             return "starting" if not self._latest else ""
-        what, since = self._phases[-1]
-        return f"waiting for {what} ({self._clock() - since:.0f} s)" if self._is_waiting() else what
+        name, waiting_for, since = self._phases[-1]
+        return f"waiting for {waiting_for} ({self._clock() - since:.0f} s)" if self._is_waiting() else name
 
     def _facts(self) -> list[str]:
         """What is known of the run, in short; only what has been reported."""
@@ -175,7 +195,7 @@ class Progress:
         """The estimate from the last ten steps; none before the first."""
         if not self._step_seconds:
             return []
-        num_left = max(0, self._num_rollout - self._num_done)
+        num_left = max(0, (self._num_rollout or 0) - self._num_done)
         return [f"ETA {_clock_text(statistics.median(self._step_seconds) * num_left)}"]
 
 

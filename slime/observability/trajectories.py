@@ -1,7 +1,7 @@
 """A few samples of each rollout, kept for the report: `samples/rollout_000012.jsonl`, the best, the worst, some others.
 
 A line: `{"rollout_id", "index", "group_index", "pick", "prompt", "tokens", "loss_mask", "rollout_log_probs",
-"train_log_probs", "omitted", "reward", "label", "status", "failure", "weight_versions"}`. `tokens` are the response's
+"omitted", "reward", "label", "status", "failure", "weight_versions"}`. `tokens` are the response's
 as strings, beside them one loss-mask entry each and one log-probability or none. A long response keeps its head and its
 tail; `omitted` is `[position, count]` of what was left out between them.
 """
@@ -12,7 +12,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,8 @@ from slime.observability.jsonl import read_jsonl
 from slime.utils.types import Sample
 
 SAMPLES_FOLDER = "samples"
-TokenTexts = Callable[
-    [list[int]], list[str]
-]  # token ids -> the text of each, such as [tokenizer.decode([i]) for i in ids]
+# Token ids -> the text of each, such as [tokenizer.decode([i]) for i in ids].
+TokenTexts = Callable[[list[int]], list[str]]
 _NUM_BEST, _NUM_WORST, _NUM_RANDOM = 3, 3, 2
 _HEAD_TOKENS, _TAIL_TOKENS = 384, 128
 _MAX_PROMPT_CHARS = 4000
@@ -52,16 +51,6 @@ def write_samples(
     path = samples_path(run_dir, rollout_id)
     _write_whole(path, records)
     return path
-
-
-def add_train_log_probs(run_dir: Path, rollout_id: int, log_probs: Mapping[int, Sequence[float]]) -> None:
-    """Add the trainer's log-probs to the kept samples. `log_probs`: `{sample.index: [T]}`, T response tokens."""
-    path = samples_path(run_dir, rollout_id)
-    records = read_jsonl(path)
-    for record in records:
-        if record["index"] in log_probs:
-            record["train_log_probs"] = _abridged(_rounded(log_probs[record["index"]]))
-    _write_whole(path, records)
 
 
 def read_samples(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
@@ -107,7 +96,6 @@ def _record(rollout_id: int, pick: Pick, token_texts: TokenTexts) -> dict[str, A
         "rollout_log_probs": None
         if sample.rollout_log_probs is None
         else _abridged(_rounded(sample.rollout_log_probs)),
-        "train_log_probs": None,
         "omitted": [_HEAD_TOKENS, num_omitted] if num_omitted else None,
         "reward": None if math.isnan(pick.reward) else pick.reward,
         "label": sample.label,

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from slime.arguments import Args
 from slime.engine.client import EngineClient
 from slime.ray.actors import create_actor
 from slime.ray.engine_command import EngineSpec, engine_command
-from slime.ray.placement import Slots
+from slime.ray.placement import Slots, stays_on_machine
 from slime.ray.process_host import ProcessHost
 from slime.ray.router import LIFE_SIGN_S, POLL_S, PortTaken, Router, ServerNotUp, not_up
 from slime.ray.watchdog import thread_stacks
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 PORT_ATTEMPTS = 3
 DEREGISTRATION_S = 5.0
+KILLED = 128 + signal.SIGKILL  # the exit code of an engine whose owner died
 
 
 class TooManyRestarts(RuntimeError):
@@ -41,12 +43,13 @@ class TooManyRestarts(RuntimeError):
 
 @dataclass
 class Engine:
-    """One engine: the actor that owns its process, and where it listens now.
+    """One engine: the actor that owns its process, the bundle where that runs, and where the engine listens now.
 
     lock: held while it is replaced or registered. is_lost: known to be gone, and not replaced yet.
     """
 
     name: str
+    bundle: int
     host: ActorHandle
     url: str = ""
     num_starts: int = 0
@@ -70,22 +73,22 @@ class EngineFleet:
         self.args = args
         self.slots = slots
         self.log_dir = Path(run_dir) / "logs"
-        self.is_loopback = len({node["NodeID"] for node in ray.nodes() if node["Alive"]}) == 1
+        self.is_loopback = stays_on_machine(args)
         host = "127.0.0.1" if self.is_loopback else ray.util.get_node_ip_address()
         self.router = Router(args, host=host, log_dir=self.log_dir)
-        self.engines = [self._create(index, bundle) for index, bundle in enumerate(self._first_bundles())]
+        self.engines = [
+            Engine(f"engine_{index}", bundle, self._create_host(bundle))
+            for index, bundle in enumerate(slots.engine_bundles[:: args.rollout_num_gpus_per_engine])
+        ]
         self.weights: Weights | None = None
         self.released: list[str] = []
         self.num_restarts = 0
+        self.router_came_back = asyncio.Event()
         self.is_updating = False
         self.is_stopping = False
 
-    def _first_bundles(self) -> list[int]:
-        return self.slots.engine_bundles[:: self.args.rollout_num_gpus_per_engine]
-
-    def _create(self, index: int, bundle: int) -> Engine:
-        host = create_actor(ProcessHost, str(self.log_dir), options=self.slots.options(bundle, "engine"))
-        return Engine(f"engine_{index}", host)
+    def _create_host(self, bundle: int) -> ActorHandle:
+        return create_actor(ProcessHost, str(self.log_dir), options=self.slots.options(bundle, "engine"))
 
     # --- start
 
@@ -127,10 +130,20 @@ class EngineFleet:
         deadline = time.monotonic() + self.args.engine_start_timeout_s
         client = self._client(engine)
         while not await client.is_healthy(timeout_s=LIFE_SIGN_S):
-            code = await engine.host.poll.remote()
+            code = await self._poll(engine)
             if code is not None or time.monotonic() > deadline:
                 raise not_up(engine.name, code, self.args.engine_start_timeout_s, await engine.host.log_tail.remote())
             await asyncio.sleep(POLL_S)
+
+    async def _poll(self, engine: Engine) -> int | None:
+        """Its exit code, or None while it runs. A host that died took the engine along; from here on it has another."""
+        try:
+            code: int | None = await engine.host.poll.remote()
+        except ray.exceptions.RayActorError:
+            logger.warning("the actor that owns %s died", engine.name)
+            engine.host = self._create_host(engine.bundle)
+            return KILLED
+        return code
 
     def _client(self, engine: Engine) -> EngineClient:
         return EngineClient(engine.url, self.args.sglang_api_key)
@@ -191,7 +204,8 @@ class EngineFleet:
 
     async def _watch(self, look: Callable[..., Awaitable[None]], *args: Engine) -> None:
         while True:
-            await asyncio.sleep(self.args.rollout_health_check_interval)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.router_came_back.wait(), self.args.rollout_health_check_interval)
             if self.is_stopping:
                 await asyncio.Event().wait()  # until the actor ends
             await look(*args)
@@ -200,8 +214,9 @@ class EngineFleet:
         url = engine.url
         if self._is_busy(engine):
             return
-        code = await engine.host.poll.remote()
+        code = await self._poll(engine)
         if code is None and await self._client(engine).is_healthy(timeout_s=self.args.rollout_health_check_timeout):
+            await self._keep_registered(engine)
             return
         if self._is_busy(engine):
             return
@@ -218,21 +233,41 @@ class EngineFleet:
         async with engine.lock:
             if engine.url != url:
                 return
-            self._count_restart(engine.name)
-            try:
-                await self.router.remove(url)
-            except HTTPError as error:
-                logger.warning("the router keeps %s for now: %s", url, error)
+            while not await self._comes_back(engine):
+                pass
+        logger.info("%s is back at %s", engine.name, engine.url)
+
+    async def _comes_back(self, engine: Engine) -> bool:
+        """Whether one restart was enough. Raises TooManyRestarts where there is none left."""
+        self._count_restart(engine.name)
+        try:
+            await self.router.remove(engine.url)
+        except HTTPError as error:
+            logger.warning("the router keeps %s for now: %s", engine.url, error)
+        try:
+            await self._poll(engine)  # for a host that lives
             await self._start(engine)
-            engine.is_lost = False
             if self.weights is not None:
                 await self.router.add(engine.url)
-        logger.info("%s is back at %s", engine.name, engine.url)
+        except (ServerNotUp, HTTPError, ray.exceptions.RayActorError) as error:
+            logger.warning("%s did not come back: %s", engine.name, error)
+            return False
+        engine.is_lost = False
+        return True
 
     async def _register(self, engine: Engine) -> None:
         async with engine.lock:
             if engine.url not in await self.router.workers():
                 await self.router.add(engine.url)
+
+    async def _keep_registered(self, engine: Engine) -> None:
+        """Register it with a router that has forgotten it; the next look tries again where that fails."""
+        if self.weights is None or self._is_busy(engine):
+            return
+        try:
+            await self._register(engine)
+        except (ServerNotUp, HTTPError) as error:
+            logger.warning("%s is not registered for now: %s", engine.name, error)
 
     async def _look_at_router(self) -> None:
         if self.router.is_external or self.is_stopping or await self.router.is_up() or self.is_stopping:
@@ -242,15 +277,9 @@ class EngineFleet:
         await asyncio.to_thread(self.router.stop)
         self.router.start()
         await self.router.wait_until_up()
-        if self.weights is not None:
-            await asyncio.gather(*(self._register_again(engine) for engine in self.engines if not engine.is_lost))
         logger.info("the router is back")
-
-    async def _register_again(self, engine: Engine) -> None:
-        try:
-            await self._register(engine)
-        except ServerNotUp as error:
-            logger.warning("%s; left to the watch on %s", error, engine.name)
+        self.router_came_back.set()  # the watch on each engine registers it
+        self.router_came_back = asyncio.Event()
 
     def _count_restart(self, name: str) -> None:
         if not self.args.use_fault_tolerance:
@@ -272,7 +301,9 @@ class EngineFleet:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(removals, DEREGISTRATION_S)
         await asyncio.gather(
-            asyncio.to_thread(self.router.stop), *(engine.host.stop.remote() for engine in self.engines)
+            asyncio.to_thread(self.router.stop),
+            *(engine.host.stop.remote() for engine in self.engines),
+            return_exceptions=True,  # a host that is gone took its engine along
         )
 
     async def stacks(self) -> str:

@@ -54,6 +54,7 @@ class ActorGroup:
     def __init__(self, args: Args, slots: Slots, run_dir: str, watchdog: Watchdog) -> None:
         self.args = args
         self.watchdog = watchdog
+        self.shares_node = slots.trainers_share_node
         self.ranks: list[ActorHandle] = [
             create_actor(TrainActor, args, rank, run_dir, options=slots.options(bundle, "trainer"))
             for rank, bundle in enumerate(slots.trainer_bundles)
@@ -63,9 +64,8 @@ class ActorGroup:
 
     def start(self, weights_dir: str) -> list[ObjectRef]:
         """Load the model on every rank. Returns calls that give the first rollout id."""
-        (address,) = self.watchdog.get(
-            [self.ranks[0].address.remote()], timeout_s=self.args.cluster_timeout_s, what="trainer 0 to start"
-        )
+        call: ObjectRef = self.ranks[0].address.remote(loopback=self.shares_node)
+        (address,) = self.watchdog.get([call], timeout_s=self.args.cluster_timeout_s, what="trainer 0 to start")
         ranks_per_node = min(len(self.ranks), self.args.actor_num_gpus_per_node)
         num_threads = self.args.num_threads or max(1, (os.cpu_count() or 1) // ranks_per_node)
         return [rank.start.remote(address, num_threads, weights_dir) for rank in self.ranks]
@@ -108,5 +108,6 @@ class PolicyHandle:
         """One policy update on a rollout."""
         with self.journal.phase("train", "the trainers"):
             metrics = self.group.train(rollout_id, batch)
-        self.journal.train_metrics |= {k: v for k, v in metrics.items() if not k.startswith("rollout/")}
-        self.journal.rollout_metrics |= {k: v for k, v in metrics.items() if k.startswith("rollout/")}
+        for key, value in metrics.items():
+            target = self.journal.train_metrics if key.startswith("train/") else self.journal.rollout_metrics
+            target[key] = value

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import secrets
 import signal
 import time
 from collections.abc import Iterator
@@ -19,22 +20,23 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from slime.arguments import Args, settings_as_dict
+from slime.observability.progress import Progress
 from slime.ray.actors import create_actor
 from slime.ray.engine_fleet import EngineFleet
 from slime.ray.handles import ActorGroup, PolicyHandle, RolloutHandle
 from slime.ray.journal import Journal
 from slime.ray.memory import Colocated, Disaggregated, Memory, NoEngines
-from slime.ray.placement import Slots, allocate, start_ray
+from slime.ray.placement import Slots, allocate, start_ray, stays_on_machine
 from slime.ray.rollout_manager import RolloutManager
 from slime.ray.watchdog import Watchdog
 from slime.utils.logging import configure_logging
 from slime.utils.misc import is_due
 from slime.utils.processes import Terminated, owned_directory
+from slime.weight_sync.folder import checkpoint_bytes, weights_root
 
 logger = logging.getLogger(__name__)
 
 STOP_DEADLINE_S = 20.0
-MEMORY_FILE_SYSTEM = Path("/dev/shm")
 
 
 class Job:
@@ -54,7 +56,7 @@ class Job:
         self.run_dir = run_directory(args)
         self.is_in_loop = False
         self.is_stopping = False
-        self.is_last_step = False
+        self.saved_rollout_id: int | None = None
         self.watchdog = Watchdog()
         self._stack = contextlib.ExitStack()
 
@@ -62,7 +64,9 @@ class Job:
         configure_logging(self.args.log_level)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with self._stack:
-            self._start()
+            self.progress = self._stack.enter_context(Progress())
+            with self.progress.phase("starting", "engines and trainers to start"):
+                self._start()
             self._stack = self._stack.pop_all()
         return self
 
@@ -82,28 +86,39 @@ class Job:
         logger.info("Ray is up after %.1f s", time.monotonic() - begin)
         slots = allocate(self.args)
         self._stack.callback(slots.release)
+        if self.args.sglang_api_key is None and not stays_on_machine(self.args):
+            self.args = dataclasses.replace(self.args, sglang_api_key=secrets.token_hex())
         self.manager = self._start_manager()
         prompts: ObjectRef = self.manager.prepare.remote()
         fleet = self._start_fleet(slots)
-        engines = [] if fleet is None else [fleet.start.remote(), self._connect(fleet)]
+        engines = [] if fleet is None else [fleet.start.remote()]
         self.args = self._with_num_rollout(prompts)
+        router = None if fleet is None else fleet.router_address.remote()
+        connected: ObjectRef = self.manager.set_runtime.remote(self.num_rollout, router)
         self.group = self._start_trainers(slots)
         trainers = self.group.start(str(weights_dir))
         _, *answers = self.watchdog.get(
-            [prompts, *trainers, *engines],
+            [prompts, *trainers, *engines, connected],
             timeout_s=max(self.args.trainer_start_timeout_s, self.args.engine_start_timeout_s) + STOP_DEADLINE_S,
             what="engines and trainers to start",
         )
         self.start_rollout_id = answers[0] if self.args.start_rollout_id is None else self.args.start_rollout_id
-        self._get(self.manager.load.remote(self.start_rollout_id - 1), "the data source to load")
-        self._write_settings()
+        self._load_prompts(self.manager.load.remote(self.start_rollout_id - 1), "the data source to load")
+        (self.run_dir / "args.yaml").write_text(yaml.safe_dump(self._settings(), sort_keys=False))
         self._open_handles(fleet)
         logger.info(
             "%s up after %.1f s", "trainers" if fleet is None else "trainers and engines", time.monotonic() - begin
         )
 
     def _open_handles(self, fleet: ActorHandle | None) -> None:
-        journal = Journal(self.args, self.run_dir, start_rollout_id=self.start_rollout_id, num_rollout=self.num_rollout)
+        self.progress.begin(self.start_rollout_id, self.num_rollout)
+        journal = Journal(
+            self.args,
+            self.run_dir,
+            self.progress,
+            settings=self._settings(),
+            start_rollout_id=self.start_rollout_id,
+        )
         self.journal = self._stack.enter_context(journal)
         self.rollout = RolloutHandle(self.args, self.manager, self.watchdog, journal)
         self.actor = PolicyHandle(self.group, journal)
@@ -129,12 +144,6 @@ class Job:
         self.watchdog.actors["engine fleet"] = fleet
         return fleet
 
-    def _connect(self, fleet: ActorHandle) -> ObjectRef:
-        """The call that tells the manager where the router is."""
-        address: ObjectRef = fleet.router_address.remote()
-        call: ObjectRef = self.manager.use_router.remote(address)
-        return call
-
     def _start_trainers(self, slots: Slots) -> ActorGroup:
         group = ActorGroup(self.args, slots, str(self.run_dir), self.watchdog)
         for rank in group.ranks:
@@ -147,21 +156,20 @@ class Job:
         if args.num_rollout is None:
             assert args.num_epoch is not None
             assert args.rollout_batch_size is not None
-            num_prompts = args.num_epoch * self._get(prompts, "the prompts to load")
+            num_prompts = args.num_epoch * self._load_prompts(prompts, "the prompts to load")
             args = dataclasses.replace(args, num_rollout=max(1, num_prompts // args.rollout_batch_size))
         self.num_rollout = args.num_rollout or 0
         return args
 
     def _weights_directory(self) -> contextlib.AbstractContextManager[Path]:
         """Where the disk transport writes."""
-        root = self.args.update_weight_disk_dir
-        if root is None:
-            is_one_node = "RAY_ADDRESS" not in os.environ
-            root = str(MEMORY_FILE_SYSTEM if is_one_node and MEMORY_FILE_SYSTEM.is_dir() else self.run_dir)
-        return owned_directory(Path(root), prefix="slime-weights-")
+        num_bytes = checkpoint_bytes(self.args.hf_checkpoint)
+        root = weights_root(self.args.update_weight_disk_dir, self.run_dir, num_bytes=num_bytes)
+        return owned_directory(root, prefix="slime-weights-")
 
-    def _write_settings(self) -> None:
-        (self.run_dir / "args.yaml").write_text(yaml.safe_dump(settings_as_dict(self.args), sort_keys=False))
+    def _settings(self) -> dict[str, Any]:
+        """What is written down of the settings: all but the key."""
+        return settings_as_dict(dataclasses.replace(self.args, sglang_api_key=None))
 
     @contextlib.contextmanager
     def _graceful_stop(self) -> Iterator[None]:
@@ -176,7 +184,8 @@ class Job:
             self.is_stopping = True
             self.watchdog.interrupt(
                 GraceExpired(
-                    "SIGTERM: no step boundary within --shutdown-grace-s; nothing was saved of the current step"
+                    f"SIGTERM: no step boundary and checkpoint within --shutdown-grace-s {grace_s:g}. "
+                    "With --save, --resume continues from the last complete checkpoint."
                 ),
                 after_s=grace_s,
             )
@@ -190,12 +199,17 @@ class Job:
     # --- what the loop asks
 
     def rollout_ids(self) -> Iterator[int]:
-        """The rollouts to run; writes each down when it has ended, and ends early after SIGTERM."""
+        """The rollouts to run; writes each down when it has ended, and ends early after SIGTERM, with a checkpoint."""
         self.is_in_loop = True
         for rollout_id in range(self.start_rollout_id, self.num_rollout):
+            self.journal.begin_step()
             yield rollout_id
+            is_last = self.is_stopping
+            if is_last and self.args.save is not None and self.saved_rollout_id != rollout_id:
+                self.memory.to_training()  # the signal came after that: the trainers may be asleep again
+                self.save(rollout_id)
             self.journal.end_step(rollout_id)
-            if self.is_last_step:
+            if is_last:
                 return
 
     def evaluates_at_start(self) -> bool:
@@ -206,29 +220,27 @@ class Job:
         """Whether to evaluate after `rollout_id`."""
         is_last = rollout_id == self.num_rollout - 1
         interval = self.args.eval_interval
-        return interval is not None and not self.is_last_step and (is_last or is_due(rollout_id, interval))
+        return interval is not None and not self.is_stopping and (is_last or is_due(rollout_id, interval))
 
     def saves_after(self, rollout_id: int) -> bool:
-        """Whether to write a checkpoint after `rollout_id`: at the interval, at the end, and when told to stop.
-
-        Here, and nowhere else, a SIGTERM makes a step the last one: one that comes later is for the next step.
-        """
-        self.is_last_step = self.is_stopping
+        """Whether to write a checkpoint after `rollout_id`: at the interval, at the end, and when told to stop."""
         due = is_due(rollout_id, self.args.save_interval, self.num_rollout)
-        return self.args.save is not None and (due or self.is_last_step)
+        return self.args.save is not None and (due or self.is_stopping)
 
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint: first the data source, then the trainers, whose tracker makes it complete."""
         with self.journal.phase("save", "the checkpoint"):
-            self._get(self.manager.save.remote(rollout_id), "the data source to be saved")
+            call: ObjectRef = self.manager.save.remote(rollout_id)
+            self.watchdog.get([call], timeout_s=self.args.train_timeout_s, what="the data source to be saved")
             self.group.save(rollout_id)
+        self.saved_rollout_id = rollout_id
 
-    def _get(self, ref: ObjectRef, what: str) -> Any:
-        return self.watchdog.get([ref], timeout_s=self.args.cluster_timeout_s, what=what)[0]
+    def _load_prompts(self, ref: ObjectRef, what: str) -> Any:
+        return self.watchdog.get([ref], timeout_s=self.args.trainer_start_timeout_s, what=what)[0]
 
 
 class GraceExpired(RuntimeError):
-    """SIGTERM came, and the step did not end in time to save."""
+    """SIGTERM came, and the step and its checkpoint did not end in time."""
 
 
 def _stop_fleet(fleet: ActorHandle) -> None:

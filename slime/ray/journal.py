@@ -6,31 +6,32 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from slime.arguments import Args, settings_as_dict
+from slime.arguments import Args
 from slime.observability.progress import Progress
 from slime.observability.timer import PhaseTimer
 from slime.observability.tracking import open_tracker
 
 
 class Journal:
-    """Owns the display, the timer and the tracker of a run; a context manager."""
+    """Owns the timer and the tracker of a run, writes to its display; a context manager. settings: for the tracker."""
 
-    def __init__(self, args: Args, run_dir: Path, *, start_rollout_id: int, num_rollout: int) -> None:
+    def __init__(
+        self, args: Args, run_dir: Path, progress: Progress, *, settings: dict[str, Any], start_rollout_id: int
+    ) -> None:
         self.timer = PhaseTimer(run_dir, process="driver")
         self.timer.rollout_id = start_rollout_id
-        self.tracker = open_tracker(args, run_dir, start_rollout_id=start_rollout_id, arguments=settings_as_dict(args))
-        self.progress = Progress(num_rollout, start_rollout_id=start_rollout_id)
+        self.tracker = open_tracker(args, run_dir, start_rollout_id=start_rollout_id, arguments=settings)
+        self.progress = progress
         self.rollout_metrics: dict[str, float] = {}
         self.train_metrics: dict[str, float] = {}
         self._step_start = time.monotonic()
 
     def __enter__(self) -> Journal:
-        self.progress.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.progress.__exit__(*exc_info)
         self.tracker.close()
         self.timer.close()
 
@@ -45,11 +46,15 @@ class Journal:
         self.tracker.log("eval/step", num_trained, metrics)
         self.progress.note(metrics)
 
+    def begin_step(self) -> None:
+        """From here on time counts for the next rollout: not what went before the first one."""
+        self.timer.collect()
+        self._step_start = time.monotonic()
+        self.progress.begin_step()
+
     def end_step(self, rollout_id: int) -> None:
         """Write down the rollout that just ended."""
-        now = time.monotonic()
-        perf = self.timer.collect() | {"perf/step_time": now - self._step_start}
-        self._step_start = now
+        perf = self.timer.collect() | {"perf/step_time": time.monotonic() - self._step_start}
         self.tracker.log("rollout/step", rollout_id, self.rollout_metrics | perf)
         self.tracker.log("train/step", rollout_id, self.train_metrics)
         self.progress.update(rollout_id, self.rollout_metrics | self.train_metrics | perf)

@@ -52,7 +52,7 @@ class Disaggregated:
 
     def _fleet(self, method: str, *args: Any) -> Any:
         call = getattr(self.fleet, method).remote(*args)
-        timeout_s = self.args.weight_sync_timeout_s
+        timeout_s = self.args.weight_sync_timeout_s + self.args.engine_start_timeout_s  # some may be started anew
         return self.watchdog.get([call], timeout_s=timeout_s, what=f"the engines ({method})")[0]
 
 

@@ -12,7 +12,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime.arguments import Args
 from slime.config import ClusterConfig
+from slime.utils.http_utils import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class Slots:
     device: str  # "cuda" or "cpu"
     trainer_bundles: list[int]
     engine_bundles: list[int]
+    trainers_share_node: bool
 
     def options(self, bundle: int, role: str) -> dict[str, object]:
         """Ray options of an actor of `role` ("trainer" or "engine") in a bundle."""
@@ -62,6 +65,7 @@ def start_ray(cluster: ClusterConfig) -> bool:
     # Killed with this process, Ray's head is looked for by Ray's agents: for a minute by default, before they end.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     ray.init(
+        address="local",  # also where another cluster runs in this machine
         num_cpus=num_slots(cluster) + 1,
         include_dashboard=False,
         log_to_driver=True,
@@ -73,6 +77,12 @@ def start_ray(cluster: ClusterConfig) -> bool:
 def num_slots(cluster: ClusterConfig) -> int:
     """Slots of the run in all."""
     return cluster.num_trainers + (0 if cluster.colocate else cluster.rollout_num_gpus or 0)
+
+
+def stays_on_machine(args: Args) -> bool:
+    """Whether engines and router can do with loopback: one node, and no router on another machine has to reach them."""
+    num_nodes = len({node["NodeID"] for node in ray.nodes() if node["Alive"]})
+    return num_nodes == 1 and (args.sglang_router_ip is None or is_loopback(args.sglang_router_ip))
 
 
 def allocate(cluster: ClusterConfig) -> Slots:
@@ -91,7 +101,8 @@ def allocate(cluster: ClusterConfig) -> Slots:
         raise NotEnoughSlots(
             f"{wanted} {resource} slots were not free within {cluster.cluster_timeout_s:g} s; {free:g} are free now"
         )
-    bundles = _sorted_bundles(group, wanted)
+    node_of: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    bundles = _sorted_bundles(node_of)
     first_engine = 0 if cluster.colocate else cluster.num_trainers
     num_engine_slots = cluster.rollout_num_gpus or 0
     return Slots(
@@ -99,6 +110,7 @@ def allocate(cluster: ClusterConfig) -> Slots:
         device,
         trainer_bundles=bundles[: cluster.num_trainers],
         engine_bundles=bundles[first_engine : first_engine + num_engine_slots],
+        trainers_share_node=len({node_of[bundle] for bundle in bundles[: cluster.num_trainers]}) == 1,
     )
 
 
@@ -108,8 +120,7 @@ def _choose_device(cluster: ClusterConfig) -> str:
     return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
 
 
-def _sorted_bundles(group: PlacementGroup, count: int) -> list[int]:
+def _sorted_bundles(node_of: dict[int, str]) -> list[int]:
     """Bundle indices by node address, so that neighbours in the list are neighbours in the cluster."""
-    node_of = placement_group_table(group)["bundles_to_node_id"]
     address_of = {node["NodeID"]: int(ipaddress.ip_address(node["NodeManagerAddress"])) for node in ray.nodes()}
-    return sorted(range(count), key=lambda bundle: (address_of[node_of[bundle]], bundle))
+    return sorted(node_of, key=lambda bundle: (address_of[node_of[bundle]], bundle))

@@ -55,10 +55,12 @@ class RolloutManager:
         self.data_source = load_function(args.data_source_path)(args)
         return len(self.data_source)
 
-    def use_router(self, address: tuple[str, int]) -> None:
-        """The one runtime fact that plug-ins read from `args`: where the router is."""
-        host, port = address
-        self.args = dataclasses.replace(self.args, sglang_router_ip=host, sglang_router_port=port)
+    def set_runtime(self, num_rollout: int, router: tuple[str, int] | None) -> None:
+        """What plug-ins read from `args` and only a started run knows. router: host and port, if there is one."""
+        host, port = router or (None, None)
+        self.args = dataclasses.replace(
+            self.args, num_rollout=num_rollout, sglang_router_ip=host, sglang_router_port=port
+        )
 
     def generate(self, rollout_id: int, weight_version: int) -> RolloutResult:
         """One rollout, scored and laid out for training. weight_version: what the engines hold now."""

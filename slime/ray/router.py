@@ -85,11 +85,15 @@ class Router:
         return {worker["url"]: worker for worker in answer["workers"]}
 
     async def add(self, engine_url: str) -> None:
-        """Register an engine and wait until requests reach it. Raises ServerNotUp."""
+        """Register an engine and wait until requests reach it. Raises ServerNotUp, HTTPError."""
         payload: dict[str, Any] = {"url": engine_url}
         if self.args.sglang_api_key is not None:
             payload["api_key"] = self.args.sglang_api_key
-        await post(f"{self.url}/workers", payload, timeout_s=30.0, retry_for_s=API_RETRY_S)
+        try:
+            await post(f"{self.url}/workers", payload, timeout_s=30.0, retry_for_s=API_RETRY_S)
+        except HTTPError:
+            if engine_url not in await self.workers():  # else an attempt whose answer was lost has registered it
+                raise
         deadline = time.monotonic() + REGISTRATION_S
         while not (await self.workers()).get(engine_url, {}).get("is_healthy", False):
             if time.monotonic() > deadline:

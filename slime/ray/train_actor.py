@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -52,9 +53,9 @@ class TrainActor:
         self.rank = rank
         self.run_dir = Path(run_dir)
 
-    def address(self) -> str:
-        """`host:port` at which this rank can be found, for a rendezvous."""
-        host = ray.util.get_node_ip_address()
+    def address(self, *, loopback: bool) -> str:
+        """`host:port` at which this rank can be found, for a rendezvous; by this machine only, or by others too."""
+        host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         return f"{host}:{find_free_port(host)}"
 
     def start(self, address: str, num_threads: int, weights_dir: str) -> int:
@@ -82,13 +83,25 @@ class TrainActor:
             self.backend, self.args, self.args, dump_dir=self.run_dir / "skipped_steps", phase=self.timer.phase
         )
         self.transport = DiskTransport(Path(weights_dir), assets=self.args.hf_checkpoint, is_writer=is_reporter)
-        return self.backend.load()
+        first_rollout_id = self.backend.load()
+        self._begin_wait(first_rollout_id)
+        return first_rollout_id
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
         """One policy update. Returns `train/*`, `rollout/*`, `perf/*` metrics, the same on each rank but for times."""
+        self.wait.close()
+        with self.timer.phase("train"):
+            metrics = self.recipe.train(rollout_id, batch)
+        times = self.timer.collect()
+        self._begin_wait(rollout_id + 1)
+        num_tokens = float(batch.total_lengths.sum())
+        return metrics | times | {"perf/actor_train_tok_per_s": num_tokens / times["perf/actor_train_time"]}
+
+    def _begin_wait(self, rollout_id: int) -> None:
+        """From now until training on `rollout_id` this rank waits."""
         self.timer.rollout_id = rollout_id
-        metrics = self.recipe.train(rollout_id, batch)
-        return metrics | self.timer.collect()
+        self.wait = contextlib.ExitStack()
+        self.wait.enter_context(self.timer.phase("train_wait"))
 
     def update_weights(self, engine_urls: list[str], version: int) -> SendReport:
         """Bring the engines to `version`. A collective; the reporter's answer counts."""
@@ -100,7 +113,7 @@ class TrainActor:
             self.transport,
             engines,
             version=version,
-            timeout_s=self.args.weight_sync_timeout_s,
+            timeout_s=self.args.weight_sync_timeout_s / 2,  # before the driver's, so that a lost engine is told to it
             check_equal=self.args.check_weight_update_equal,
         )
         return SendReport(str(self.transport.path_of(version).resolve()), failed)

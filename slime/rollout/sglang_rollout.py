@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,13 +37,11 @@ class RolloutFailed(RuntimeError):
 
 
 class GenerateState:
-    """What the requests of one rollout share: tokenizer, bound on concurrency, the count of failures."""
+    """What the requests of one rollout share: tokenizer, sampling parameters, the count of failures and the first."""
 
     def __init__(self, args: Any) -> None:
         self.args = args
         self.tokenizer = _tokenizer(args.hf_checkpoint)
-        num_engines = max(1, (args.rollout_num_gpus or 0) // args.rollout_num_gpus_per_engine)
-        self.semaphore = anyio.Semaphore(args.sglang_server_concurrency * num_engines, fast_acquire=True)
         self.sampling_params: SamplingParams = {
             "temperature": args.rollout_temperature,
             "top_p": args.rollout_top_p,
@@ -53,6 +52,25 @@ class GenerateState:
             "skip_special_tokens": args.rollout_skip_special_tokens,
         }
         self.num_failed = 0
+        self.first_failure = ""
+
+    @property
+    def semaphore(self) -> anyio.Semaphore:
+        """The bound on requests in flight: one for all that run in this event loop with these settings."""
+        return _semaphore(self.args, asyncio.get_running_loop())
+
+    def count_failure(self, sample: Sample) -> None:
+        """Count a FAILED sample; the reason of the first is kept."""
+        reason = sample.metadata.get("failure", "no reason given")
+        self.num_failed += 1
+        self.first_failure = self.first_failure or reason
+        logger.warning("sample %s failed: %s", sample.index, reason)
+
+
+@functools.lru_cache(maxsize=8)
+def _semaphore(args: Any, loop: asyncio.AbstractEventLoop) -> anyio.Semaphore:
+    num_engines = max(1, (args.rollout_num_gpus or 0) // args.rollout_num_gpus_per_engine)
+    return anyio.Semaphore(args.sglang_server_concurrency * num_engines, fast_acquire=True)
 
 
 @functools.lru_cache(maxsize=4)
@@ -71,17 +89,18 @@ def sampling_seed(rollout_seed: int, sample_index: int | None, num_tokens: int) 
     return int.from_bytes(digest, "big") >> 1
 
 
-async def generate(args: Any, sample: Sample, sampling_params: SamplingParams) -> Sample:
+async def generate(args: Any, sample: Sample, sampling_params: SamplingParams, *, evaluation: bool = False) -> Sample:
     """Sample one response and record it in `sample`: tokens, log-probs, text, status, weight version.
 
-    Token in, token out: what the engine sampled is kept, no text is tokenised again. Raises HTTPError.
+    Token in, token out: what the engine sampled is kept, no text is tokenised again. A response that has reached the
+    context is TRUNCATED, a prompt that leaves no room for one FAILED. Raises HTTPError.
     """
     if not sample.tokens:
         sample.tokens = encode_prompt(_tokenizer(args.hf_checkpoint), sample)
-    params = dict(sampling_params, max_new_tokens=_token_budget(args, sample, sampling_params["max_new_tokens"]))
+    context = args.eval_max_context_len if evaluation else args.rollout_max_context_len
+    params = dict(sampling_params, max_new_tokens=_token_budget(sample, sampling_params["max_new_tokens"], context))
     if params["max_new_tokens"] <= 0:
-        sample.status = SampleStatus.TRUNCATED
-        return sample
+        return _without_room(sample, context)
     params["sampling_seed"] = sampling_seed(args.rollout_seed, sample.index, len(sample.tokens))
     output = await post(
         get_model_url(args),
@@ -112,12 +131,22 @@ def encode_prompt(tokenizer: Any, sample: Sample) -> list[int]:
     return token_ids
 
 
-def _token_budget(args: Any, sample: Sample, max_new_tokens: int) -> int:
+def _token_budget(sample: Sample, max_new_tokens: int, context: int | None) -> int:
     """Tokens that may still be sampled: those of the response, within the context."""
     budget = max_new_tokens - sample.response_length
-    if args.rollout_max_context_len is not None:
-        budget = min(budget, args.rollout_max_context_len - len(sample.tokens))
-    return budget
+    return budget if context is None else min(budget, context - len(sample.tokens))
+
+
+def _without_room(sample: Sample, context: int | None) -> Sample:
+    if sample.response_length > 0:
+        sample.status = SampleStatus.TRUNCATED
+    else:
+        sample.status = SampleStatus.FAILED
+        sample.metadata["failure"] = (
+            f"the prompt of sample {sample.index} has {len(sample.tokens)} tokens, which leaves no room for a response "
+            f"in a context of {context}. Leave such prompts out with --rollout-max-prompt-len."
+        )
+    return sample
 
 
 def _headers(args: Any, sample: Sample) -> dict[str, str]:
@@ -143,15 +172,12 @@ async def generate_and_rm(
     try:
         async with state.semaphore:
             output = await _generate(args, sample, sampling_params, evaluation)
-        if args.group_rm:
-            return output
-        if isinstance(output, list):
-            await asyncio.gather(*(_score(args, member) for member in output))
-        else:
+        if not args.group_rm:
             await _score(args, output)
     except (HTTPError, RewardError) as error:
-        _mark_failed(sample, error, state)
-        return sample
+        _mark_failed(sample, error)
+        output = sample
+    _count_failures(state, output)
     return output
 
 
@@ -160,7 +186,7 @@ async def _generate(
 ) -> Sample | list[Sample]:
     path = sample.generate_function_path or args.custom_generate_function_path
     if path is None:
-        return await generate(args, sample, sampling_params)
+        return await generate(args, sample, sampling_params, evaluation=evaluation)
     function, takes_evaluation = _custom_generate(path)
     extra = {"evaluation": evaluation} if takes_evaluation else {}
     output: Sample | list[Sample] = await function(args, sample, sampling_params, **extra)
@@ -176,16 +202,27 @@ def _custom_generate(path: str) -> tuple[Callable[..., Any], bool]:
     return function, "evaluation" in inspect.signature(function).parameters
 
 
-async def _score(args: Any, sample: Sample) -> None:
+async def _score(args: Any, output: Sample | list[Sample]) -> None:
+    if isinstance(output, list):
+        await asyncio.gather(*(_score_one(args, sample) for sample in output))
+    else:
+        await _score_one(args, output)
+
+
+async def _score_one(args: Any, sample: Sample) -> None:
     if sample.reward is None and sample.status not in (SampleStatus.ABORTED, SampleStatus.FAILED):
         sample.reward = await async_rm(args, sample)
 
 
-def _mark_failed(sample: Sample, error: Exception, state: GenerateState) -> None:
+def _mark_failed(sample: Sample, error: Exception) -> None:
     sample.status = SampleStatus.FAILED
     sample.metadata["failure"] = str(error)
-    state.num_failed += 1
-    logger.warning("sample %s failed: %s", sample.index, error)
+
+
+def _count_failures(state: GenerateState, output: Sample | list[Sample]) -> None:
+    for sample in output if isinstance(output, list) else [output]:
+        if sample.status is SampleStatus.FAILED:
+            state.count_failure(sample)
 
 
 async def generate_and_rm_group(
@@ -202,7 +239,7 @@ async def generate_and_rm_group(
         prompt_ids = encode_prompt(state.tokenizer, group[0])
         for sample in group:
             if sample.prompt == group[0].prompt:
-                sample.tokens = prompt_ids
+                sample.tokens = list(prompt_ids)
     outputs = await asyncio.gather(
         *(generate_and_rm(args, sample, sampling_params, evaluation, state=state) for sample in group)
     )
@@ -218,7 +255,8 @@ async def _score_group(args: Any, samples: list[Sample], state: GenerateState) -
         rewards = await batched_async_rm(args, finished)
     except RewardError as error:
         for sample in finished:
-            _mark_failed(sample, error, state)
+            _mark_failed(sample, error)
+        _count_failures(state, finished)
         return
     for sample, reward in zip(finished, rewards, strict=True):
         sample.reward = reward
@@ -231,9 +269,10 @@ def generate_rollout(
 
     Raises RolloutFailed where more samples failed than allowed.
     """
-    if evaluation:
-        return run(eval_rollout(args, rollout_id))
-    return run(_train_rollout(args, rollout_id, data_source))
+    with rare_garbage_collection():
+        if evaluation:
+            return run(eval_rollout(args, rollout_id))
+        return run(_train_rollout(args, rollout_id, data_source))
 
 
 async def _train_rollout(args: Any, rollout_id: int, data_source: DataSource) -> RolloutFnTrainOutput:
@@ -241,11 +280,16 @@ async def _train_rollout(args: Any, rollout_id: int, data_source: DataSource) ->
     groups = data_source.get_samples(args.rollout_batch_size)
     finished = await _run_groups(args, groups, state.sampling_params, state, evaluation=False)
     kept = [[sample for sample in group if sample.status is not SampleStatus.FAILED] for group in finished]
-    return RolloutFnTrainOutput([group for group in kept if group], {"rollout/failed": state.num_failed})
+    num_samples = max(1, sum(map(len, finished)))
+    metrics = {"rollout/failed": state.num_failed / num_samples, "rollout/num_failed": state.num_failed}
+    return RolloutFnTrainOutput([group for group in kept if group], metrics)
 
 
 async def eval_rollout(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
-    """Sample and score every evaluation set. `data`: {name: {"rewards", "truncated", "samples"}}, in file order."""
+    """Sample and score every evaluation set. `data`: {name: {"rewards", "truncated", "samples"}}, in file order.
+
+    A sample that failed stays, with reward NaN. Each set may lose --max-failed-fraction of its samples.
+    """
     results = await asyncio.gather(*(_eval_set(args, dataset) for dataset in eval_sets(args)))
     return RolloutFnEvalOutput(dict(results))
 
@@ -254,43 +298,36 @@ async def _eval_set(args: Any, dataset: EvalSet) -> tuple[str, dict[str, Any]]:
     state = GenerateState(args)
     params = state.sampling_params | dataset.sampling_params
     groups = await _run_groups(args, eval_groups(args, dataset), params, state, evaluation=True)
-    samples = [sample for group in groups for sample in group if sample.status is not SampleStatus.FAILED]
+    samples = [sample for group in groups for sample in group]
     return dataset.name, {
-        "rewards": [_reward_value(sample, args.eval_reward_key) for sample in samples],
+        "rewards": [
+            math.nan if sample.status is SampleStatus.FAILED else sample.get_reward_value(args, evaluation=True)
+            for sample in samples
+        ],
         "truncated": [sample.status is SampleStatus.TRUNCATED for sample in samples],
         "samples": samples,
     }
-
-
-def _reward_value(sample: Sample, key: str | None) -> float:
-    reward = sample.reward
-    return float(reward[key] if isinstance(reward, dict) and key is not None else reward)  # type: ignore[arg-type]
 
 
 async def _run_groups(
     args: Any, groups: Sequence[list[Sample]], params: SamplingParams, state: GenerateState, *, evaluation: bool
 ) -> list[list[Sample]]:
     """Every group, in the order given. Ends at once, the rest cancelled, when too many samples have failed."""
-    allowed = args.max_failed_fraction * sum(map(len, groups))
+    num_samples = sum(map(len, groups))
+    allowed = args.max_failed_fraction * num_samples
     tasks = [
         asyncio.create_task(generate_and_rm_group(args, group, params, evaluation, state=state)) for group in groups
     ]
     try:
-        with rare_garbage_collection():
-            for task in asyncio.as_completed(tasks):
-                await task
-                if state.num_failed > allowed:
-                    raise RolloutFailed(_failure_message(groups, state.num_failed, args.max_failed_fraction))
+        for task in asyncio.as_completed(tasks):
+            await task
+            if state.num_failed > allowed:
+                raise RolloutFailed(
+                    f"{state.num_failed} of {num_samples} samples failed, --max-failed-fraction allows "
+                    f"{args.max_failed_fraction:g}; the first: {state.first_failure}"
+                )
         return [task.result() for task in tasks]
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _failure_message(groups: Sequence[list[Sample]], num_failed: int, allowed_fraction: float) -> str:
-    first = next(s for group in groups for s in group if s.status is SampleStatus.FAILED)
-    return (
-        f"{num_failed} of {sum(map(len, groups))} samples failed, --max-failed-fraction allows {allowed_fraction:g}; "
-        f"the first: {first.metadata['failure']}"
-    )

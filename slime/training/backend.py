@@ -26,12 +26,18 @@ class NamedTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Where this process stands. Ranks with one `data_rank` work on the same samples."""
+    """Where this process stands. Ranks with one `data_rank` work on the same samples.
+
+    context_size: ranks that share the tokens of a sequence; together they hold that many times `max_tokens_per_gpu`.
+    micro_batches_multiple_of: what the number of micro-batches of a step must be a multiple of (pipeline schedules).
+    """
 
     rank: int
     world_size: int
     data_rank: int
     data_size: int
+    context_size: int = 1
+    micro_batches_multiple_of: int = 1
 
     @property
     def is_reporter(self) -> bool:
@@ -49,7 +55,10 @@ class TokenOutputs:
 
 
 class LossOutput(NamedTuple):
-    """loss: scalar. metrics: scalars. Both are this micro-batch's share: shares of a step add up to its mean."""
+    """loss: scalar. metrics: scalars without gradient, `train/NAME`; a backend adds the loss itself as `loss`.
+
+    All are this micro-batch's share: shares of a step add up to its mean.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -84,11 +93,18 @@ class TrainBackend(Protocol):
         ...
 
     def log_probs(self, batches: list[PackedBatch], model: ModelTag, *, entropy: bool) -> list[TokenOutputs]:
-        """Outputs of each micro-batch under the weights `model`, without gradients."""
+        """Outputs of each micro-batch under the weights `model`, without gradients.
+
+        Complete on every rank, [T] in the order of `target_index`, however the model is split.
+        """
         ...
 
     def train_step(self, batches: list[PackedBatch], loss: LossFn, *, entropy: bool) -> StepMetrics:
-        """One optimizer step over all micro-batches. entropy: whether the loss wants it."""
+        """One optimizer step over all micro-batches. entropy: whether the loss wants it.
+
+        A backend that splits sequences among ranks hands the loss this rank's tokens: outputs and every [T] field of the
+        micro-batch alike, and completes `sequence_sum` with the other ranks' share.
+        """
         ...
 
     def sum_over_data_ranks(self, values: Tensor) -> Tensor:

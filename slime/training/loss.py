@@ -47,14 +47,15 @@ def policy_loss(
         loss = loss + cfg.kl_loss_coef * kl_loss if cfg.kl_loss_coef else loss
         metrics["kl_loss"] = kl_loss
     if batch.rollout_log_probs is not None:
-        metrics["train_rollout_logprob_abs_diff"] = mean((old_T - trained(batch.rollout_log_probs)).abs())
-    return LossOutput(loss, _detached(metrics | {"loss": loss}))
+        trainer_T = log_probs_T.detach() if cfg.use_rollout_logprobs else old_T
+        metrics["train_rollout_logprob_abs_diff"] = mean((trainer_T - trained(batch.rollout_log_probs)).abs())
+    return LossOutput(loss, _detached(metrics))
 
 
 def sft_loss(outputs: TokenOutputs, batch: PackedBatch, sequence_sum: SequenceSum) -> LossOutput:
     """Negative log-likelihood of the trained tokens."""
     loss = weighted_sum(batch.loss_weights, -_trained(batch, outputs.log_probs))
-    return LossOutput(loss, _detached({"loss": loss}))
+    return LossOutput(loss, {})
 
 
 def loss_for(cfg: AlgorithmConfig) -> LossFn:
@@ -69,6 +70,7 @@ def _trained(batch: PackedBatch, values_T: Tensor) -> Tensor:
 
 
 def weighted_sum(weights_T: Tensor, values_T: Tensor) -> Tensor:
+    """This micro-batch's share of the step's mean: scalar from two [T]."""
     return (weights_T * values_T).sum()
 
 

@@ -61,11 +61,10 @@ class Recipe:
 
     def _plan(self, batch: TrainBatch) -> list[list[PackedBatch]]:
         """This rank's micro-batches of every step, with the weights of their tokens in the step's mean."""
-        limit = PackingLimit(
-            self.optimizer.max_tokens_per_gpu if self.optimizer.use_dynamic_batch_size else None,
-            self.optimizer.micro_batch_size,
-        )
         layout = self.backend.layout
+        limit = PackingLimit(self.optimizer.micro_batch_size)
+        if self.optimizer.use_dynamic_batch_size:
+            limit = PackingLimit(max_tokens=(self.optimizer.max_tokens_per_gpu or 0) * layout.context_size)
         steps = []
         for rows in split_steps(len(batch), self.optimizer.num_steps_per_rollout or 1):
             part = batch.select(rows)
@@ -76,6 +75,7 @@ class Recipe:
                 layout.data_size,
                 limit=limit,
                 balance=self.optimizer.balance_data,
+                multiple_of=layout.micro_batches_multiple_of,
             )
             packed = [pack_rows(part, members, weights) for members in plan]
             for micro_batch in packed:
@@ -98,11 +98,8 @@ class Recipe:
             rows = torch.tensor(micro_batch.rows or [0])
             micro_batch.advantages = advantages_S[rows][micro_batch.sequence_ids]
         mean_advantage = float(advantages_S.mean())
-        return self._log_prob_means(steps) | {
-            "rollout/rewards": float(batch.rewards.mean()),
-            "rollout/advantages": mean_advantage,
-            "rollout/returns": mean_advantage,
-        }
+        names = ("rollout/rewards", "rollout/advantages", "rollout/returns")  # of GRPO all the same: normalised rewards
+        return self._log_prob_means(steps) | dict.fromkeys(names, mean_advantage)
 
     def _log_prob_means(self, steps: list[list[PackedBatch]]) -> dict[str, float]:
         """`rollout/{log_probs,ref_log_probs,rollout_log_probs}`, as far as there are any, weighted as the loss is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -19,6 +20,16 @@ def write_text_atomically(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _fsync(path.parent)
+
+
+def replace_directory(new: Path, final: Path) -> None:
+    """Rename `new` to `final`; a folder that stands there is moved aside first and deleted afterwards."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def fsync_tree(directory: Path) -> None:

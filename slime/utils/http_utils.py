@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import ipaddress
 import logging
 import socket
 import time
@@ -133,6 +134,14 @@ async def close() -> None:
     session = _sessions.pop(asyncio.get_running_loop(), None)
     if session is not None:
         await session.close()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is that of this machine to itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def find_free_port(host: str = "127.0.0.1") -> int:

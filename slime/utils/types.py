@@ -129,20 +129,29 @@ class Sample:
         """Response tokens that are trained on."""
         return self.response_length if self.loss_mask is None else sum(self.loss_mask)
 
-    def get_reward_value(self, args: Any) -> float:
-        """The scalar reward: `reward`, or its entry `args.reward_key` where it is a dict."""
-        if not isinstance(self.reward, dict):
-            if self.reward is None:
-                raise ValueError(f"sample {self.index} has no reward (status {self.status.value})")
-            return float(self.reward)
-        if args.reward_key is None:
-            raise ValueError(
-                f"the reward of sample {self.index} is a dict with keys {sorted(self.reward)}. "
-                "Name the one to train on with --reward-key."
-            )
-        if args.reward_key not in self.reward:
-            raise ValueError(f"--reward-key {args.reward_key!r} is not among the reward's keys {sorted(self.reward)}")
-        return float(self.reward[args.reward_key])
+    def get_reward_value(self, args: Any, *, evaluation: bool = False) -> float:
+        """The scalar reward: `reward`, or its entry `args.reward_key` (`args.eval_reward_key`) where it is a dict.
+
+        Raises ValueError, naming the sample, where there is no such number.
+        """
+        value: Any = self.reward
+        if isinstance(value, dict):
+            key = args.eval_reward_key if evaluation else args.reward_key
+            flag = "--eval-reward-key" if evaluation else "--reward-key"
+            if key is None:
+                raise ValueError(
+                    f"the reward of sample {self.index} is a dict with keys {sorted(value)}. "
+                    f"Name the one to {'report' if evaluation else 'train on'} with {flag}."
+                )
+            if key not in value:
+                raise ValueError(f"{flag} {key!r} is not among the reward's keys {sorted(value)}")
+            value = value[key]
+        if value is None:
+            raise ValueError(f"sample {self.index} has no reward (status {self.status.value})")
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # the last: a tensor of several entries
+            raise ValueError(f"the reward of sample {self.index} is {value!r:.80}, not a number") from error
 
     def append_response_tokens(
         self,
@@ -191,7 +200,10 @@ class Sample:
         self.spec_info.add(meta_info)
         finish_reason = meta_info.get("finish_reason")
         if terminal and finish_reason is not None:
-            self.status = _STATUS_OF_FINISH_REASON[finish_reason["type"]]
+            reason = finish_reason["type"]
+            self.status = _STATUS_OF_FINISH_REASON.get(reason, SampleStatus.FAILED)
+            if self.status is SampleStatus.FAILED:
+                self.metadata["failure"] = f"the engine ended the response with finish reason {reason!r}"
 
     def check(self) -> None:
         """Raise ValueError, naming the sample, where lengths contradict the contract."""

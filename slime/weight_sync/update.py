@@ -29,8 +29,9 @@ def send_weights(
 ) -> list[str]:
     """Bring every engine to `version`. A collective among trainers; the transport's writer talks to the engines.
 
-    tensors: full tensors under Hugging Face names. check_equal: compare checksums of all tensors afterwards.
-    Returns the addresses of engines that could not be reached: they are to be restarted from the version's directory.
+    tensors: full tensors under Hugging Face names. timeout_s: for one engine to take them. check_equal: compare
+    checksums of all tensors afterwards. Returns the addresses of engines that could not be reached or hang: they are to
+    be restarted from the version's directory.
     Raises EngineError where an engine refuses the weights, WeightMismatch naming engine and tensor.
     """
     checksums: dict[str, str] = {}
@@ -52,7 +53,7 @@ async def _update_all(
         *(_update(engine, transport, version, timeout_s) for engine in engines), return_exceptions=True
     )
     for error in results:
-        is_lost = isinstance(error, HTTPError) and error.is_lost
+        is_lost = isinstance(error, TimeoutError) or (isinstance(error, HTTPError) and error.is_lost)
         if isinstance(error, BaseException) and not is_lost:
             raise error
     transport.delete_before(version)
@@ -60,9 +61,10 @@ async def _update_all(
 
 
 async def _update(engine: EngineClient, transport: DiskTransport, version: int, timeout_s: float) -> None:
-    await engine.pause()
-    await transport.load_into(engine, version, timeout_s=timeout_s)
-    await engine.resume()
+    async with asyncio.timeout(timeout_s):
+        await engine.pause()
+        await transport.load_into(engine, version, timeout_s=timeout_s)
+        await engine.resume()
 
 
 def _with_checksums(tensors: Iterable[tuple[str, Tensor]], checksums: dict[str, str]) -> Iterable[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ import pytest
 
 from slime.arguments import Args
 from slime.config import ConfigError
-from slime.config.validate import resolve
+from slime.config.validate import resolve, with_context
 
 MINIMAL: dict[str, Any] = {
     "hf_checkpoint": "model",
@@ -20,6 +20,7 @@ MINIMAL: dict[str, Any] = {
     "rollout_num_gpus": 1,
     "actor_num_gpus_per_node": 1,
 }
+SFT = {"rollout_function_path": "slime.rollout.sft_rollout.generate_rollout"}
 
 
 def resolved(**settings: Any) -> Args:
@@ -34,6 +35,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"offload_train": True}, "need --colocate"),
     ({"offload_rollout": True}, "need --colocate"),
     ({"actor_num_nodes": 0}, "--actor-num-nodes must be above 0, got 0"),
+    ({"actor_num_gpus_per_node": 4, "num_gpus_per_node": 2}, "--actor-num-gpus-per-node 4 is more than a node has"),
     ({"num_threads": -1}, "--num-threads must be above 0, got -1"),
     ({"engine_start_timeout_s": 0.0}, "--engine-start-timeout-s must be above 0, got 0.0"),
     ({"rollout_timeout_s": float("nan")}, "--rollout-timeout-s must be above 0, got nan"),
@@ -46,6 +48,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"resume": True}, "--save must be given with --resume"),
     ({"resume": True, "save": "a", "load": "b"}, "--resume continues from --save a; drop --load b"),
     ({"ckpt_step": -1}, "--ckpt-step must be 0 or more, got -1"),
+    ({"ckpt_step": 3}, "--ckpt-step needs --load (or --resume)"),
+    ({"ref_ckpt_step": 3}, "--ref-ckpt-step needs --ref-load"),
     # batches
     ({"rollout_batch_size": None}, "--rollout-batch-size must be given"),
     ({"rollout_batch_size": 0}, "--rollout-batch-size must be above 0, got 0"),
@@ -78,6 +82,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"adam_beta2": 1.0}, "--adam-beta2 must be at least 0 and below 1, got 1.0"),
     ({"clip_grad": -0.1}, "--clip-grad must be 0 or more, got -0.1"),
     ({"lr_warmup_fraction": 1.5}, "--lr-warmup-fraction must be between 0 and 1, got 1.5"),
+    ({"lr_warmup_fraction": 0.5, "lr_warmup_iters": 3}, "--lr-warmup-fraction must be left out where"),
+    ({"lr": float("nan")}, "--lr must be 0 or more, got nan"),
+    ({"weight_decay": float("inf")}, "--weight-decay must be a finite number, got inf"),
+    ({"entropy_coef": float("nan")}, "--entropy-coef must be a finite number, got nan"),
     # the algorithm
     (
         {"kl_coef": 0.1, "use_kl_loss": True, "kl_loss_coef": 0.1},
@@ -97,6 +105,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rollout_temperature": 0.0}, "--rollout-temperature must be above 0, got 0.0"),
     ({"rollout_top_p": 1.1}, "--rollout-top-p must be above 0 and at most 1, got 1.1"),
     ({"rollout_top_k": 0}, "--rollout-top-k must be -1 or above 0, got 0"),
+    ({"debug_train_only": True}, "--debug-train-only starts no engines and the default rollout needs them"),
+    ({"rollout_max_context_len": 8, "rollout_max_prompt_len": 8}, "--rollout-max-prompt-len 8 must be below"),
     ({"rollout_seed": -1}, "--rollout-seed must be 0 or more, got -1"),
     # rewards
     ({"max_failed_fraction": 1.5}, "--max-failed-fraction must be between 0 and 1, got 1.5"),
@@ -106,9 +116,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"eval_prompt_data": ["test", "test.jsonl"]}, "--eval-interval and --eval-prompt-data go together"),
     ({"eval_prompt_data": ["test.jsonl"], "eval_interval": 1}, "--eval-prompt-data must be pairs of a name and a file"),
     (
-        {"eval_prompt_data": ["t", "t.jsonl"], "eval_interval": 1, "debug_train_only": True},
+        {"eval_prompt_data": ["t", "t.jsonl"], "eval_interval": 1, "debug_train_only": True, **SFT},
         "--eval-interval needs engines",
     ),
+    (
+        {"eval_prompt_data": ["t", "a.jsonl", "t", "b.jsonl"], "eval_interval": 1},
+        "--eval-prompt-data must be pairs whose names differ, got ['t', 't']",
+    ),
+    ({"eval_temperature": -0.1}, "--eval-temperature must be 0 or more, got -0.1"),
+    ({"eval_top_p": 0.0}, "--eval-top-p must be above 0 and at most 1, got 0.0"),
+    ({"eval_top_k": 0}, "--eval-top-k must be -1 or above 0, got 0"),
+    ({"eval_max_context_len": 8, "eval_max_prompt_len": 9}, "--eval-max-prompt-len 9 must be below"),
     ({"n_samples_per_eval_prompt": 0}, "--n-samples-per-eval-prompt must be above 0, got 0"),
 ]
 
@@ -130,7 +148,7 @@ DERIVED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"colocate": True}, {"offload_train": True, "offload_rollout": True, "rollout_num_gpus": 1}),
     ({"colocate": True, "offload_train": False}, {"offload_train": False, "offload_rollout": True}),
     ({"colocate": True, "actor_num_nodes": 2, "rollout_num_gpus": None}, {"rollout_num_gpus": 2}),
-    ({"debug_train_only": True, "rollout_num_gpus": None}, {"rollout_num_gpus": 0}),
+    ({"debug_train_only": True, "rollout_num_gpus": None, **SFT}, {"rollout_num_gpus": 0}),
     ({}, {"eps_clip_high": 0.2}),
     ({"eps_clip": 0.1, "eps_clip_high": 0.0}, {"eps_clip_high": 0.0}),
     ({"n_samples_per_prompt": 1, "rewards_normalization": False}, {"grpo_std_normalization": False}),
@@ -141,6 +159,9 @@ DERIVED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"save": "a", "save_hf": "out/{rollout_id:04d}"}, {"save_hf": "out/{rollout_id:04d}"}),
     ({"rollout_max_context_len": 100}, {"rollout_max_prompt_len": 99, "eval_max_context_len": 100}),
     ({"rollout_max_context_len": 100, "rollout_max_prompt_len": 7}, {"rollout_max_prompt_len": 7}),
+    ({"rollout_max_context_len": 100, "eval_max_context_len": 50}, {"eval_max_prompt_len": 49}),
+    ({"rollout_max_prompt_len": 7, "eval_max_context_len": 50}, {"eval_max_prompt_len": 7}),
+    ({"ckpt_step": 3, "save": "a", "resume": True}, {"ckpt_step": 3}),
     ({"eval_temperature": 0.0, "rollout_temperature": 0.7}, {"eval_temperature": 0.0}),
     ({"rollout_temperature": 0.7, "label_key": "answer"}, {"eval_temperature": 0.7, "eval_label_key": "answer"}),
     ({"reward_key": "score"}, {"eval_reward_key": "score"}),
@@ -159,11 +180,41 @@ def test_resolving_twice_changes_nothing() -> None:
     assert vars(resolve(once)) == vars(once)
 
 
+def test_the_models_context_bounds_requests_but_leaves_no_prompt_out() -> None:
+    args = with_context(resolved(), 64)
+    assert (args.rollout_max_context_len, args.eval_max_context_len) == (64, 64)
+    assert (args.rollout_max_prompt_len, args.eval_max_prompt_len) == (None, None)
+
+
+def test_contexts_that_are_given_stay() -> None:
+    args = with_context(resolved(rollout_max_context_len=32, eval_max_context_len=16), 64)
+    assert (args.rollout_max_context_len, args.eval_max_context_len) == (32, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollout_max_context_len": 65}, "--rollout-max-context-len 65 is more than the 64 tokens of the model"),
+        ({"rollout_max_context_len": 8, "eval_max_context_len": 9}, "--eval-max-context-len 9 is more than"),
+        ({"rollout_max_prompt_len": 64}, "--rollout-max-prompt-len 64 must be below --rollout-max-context-len 64"),
+        ({"eval_max_prompt_len": 64}, "--eval-max-prompt-len 64 must be below --eval-max-context-len 64"),
+    ],
+)
+def test_lengths_that_exceed_the_engines_context_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        with_context(resolved(**settings), 64)
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "warning"),
     [
         ({"max_tokens_per_gpu": 100}, "--max-tokens-per-gpu is ignored without --use-dynamic-batch-size"),
         ({"log_probs_max_tokens_per_gpu": 100}, "--log-probs-max-tokens-per-gpu is ignored"),
+        ({"colocate": True, "rollout_num_gpus": 2}, "--rollout-num-gpus 2 is ignored: --colocate has 1"),
+        ({"colocate": True}, ""),
+        ({"no_load_optim": True}, "--no-load-optim is ignored without --load"),
+        ({"no_load_optim": True, "load": "a"}, ""),
         ({}, ""),
     ],
 )

@@ -79,6 +79,14 @@ def test_no_samples_and_too_few_rewards_are_errors() -> None:
         batch_from_samples(two(), [1.0])
 
 
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_a_reward_that_is_not_finite_is_named(reward: float) -> None:
+    with pytest.raises(ValueError, match=r"sample 9: the reward that its reward function or generation set is "):
+        batch_from_samples(two(), [0.0, reward])
+    with pytest.raises(ValueError, match="sample 8: the reward that --custom-reward-post-process-path returned is "):
+        batch_from_samples(two(), [reward, 0.0], rewards_are_final=True)
+
+
 @given(rows=ROWS)
 def test_selecting_rows_is_the_same_as_laying_out_those_samples(rows: list[int]) -> None:
     samples = random_samples()

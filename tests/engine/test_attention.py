@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slime.engine.embedded.attention import MIN_ROWS, PagedAttention
 from slime.engine.embedded.kv_cache import PAGE_SIZE, KVCache
-from slime.engine.embedded.plan import Batch, Planner
+from slime.engine.embedded.plan import Batch, make_plan
 
 HEADS, HEAD_DIM, LAYERS = 2, 8, 2
 CPU = torch.device("cpu")
@@ -47,7 +47,6 @@ class Sequences:
         pages = torch.randperm(255, generator=generator)[: width * len(lengths)] + 1
         self.table = pages.view(len(lengths), width).numpy()
         self.attention = PagedAttention(self.cache, exact=exact)
-        self.planner = Planner(row_multiple=16, num_query_heads=HEADS * group, min_rows=MIN_ROWS, device=CPU)
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of [.., Hq + 2 H, T, D]."""
@@ -58,8 +57,9 @@ class Sequences:
         order = sorted(spans, key=lambda name: (spans[name][1] - spans[name][0] > 1, spans[name][1]))
         starts, ends = (np.array([spans[name][side] for name in order]) for side in range(2))
         rows = np.array(order)
-        plan = self.planner.make(Batch([0] * int((ends - starts).sum()), rows, rows, starts, ends, self.table))
-        self.attention.start(plan)
+        batch = Batch([0] * int((ends - starts).sum()), rows, starts, ends, self.table)
+        plan = make_plan(batch, row_multiple=16, num_query_heads=HEADS * self.group, min_rows=MIN_ROWS, device=CPU)
+        self.attention.plan = plan
         pieces = [self.tensors[name][:, :, slice(*spans[name])] for name in order]
         padding = torch.full((LAYERS, HEADS * (self.group + 2), len(plan.positions) - plan.num_tokens, HEAD_DIM), 7.0)
         packed = torch.cat([*pieces, padding], dim=2)
@@ -103,20 +103,6 @@ def test_chunks_and_single_tokens_attend_as_whole_sequences(exact: bool, group: 
         for name, result in sequences.run(spans, **options).items():
             check(sequences, name, spans[name], result, **oracle)
             computed[name] = spans[name][1]
-
-
-def test_sequences_that_decode_together_for_long_attend_as_whole_sequences() -> None:
-    sequences = Sequences([130, 131, 90], group=2, exact=True)
-    at = {0: 20, 1: 21, 2: 3}
-    sequences.run({name: (0, start) for name, start in at.items()})
-    oracle = {"scale": HEAD_DIM**-0.5, "window": None, "softcap": None}
-    for step in range(85):
-        spans = {name: (start + step, start + step + 1) for name, start in at.items() if name != 2 or step < 50}
-        for name, result in sequences.run(spans).items():
-            check(sequences, name, spans[name], result, **oracle)
-    assert sequences.attention.num_kept_bytes > 0
-    sequences.attention.forget()
-    assert sequences.attention.num_kept_bytes == 0
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from slime.engine.embedded import plan
 from slime.engine.embedded.kv_cache import PAGE_SIZE
-from slime.engine.embedded.plan import BLOCK_OVERHEAD, Batch, Planner, decode_ranges, round_up_length
+from slime.engine.embedded.plan import BLOCK_OVERHEAD, Batch, Plan, decode_ranges, make_plan, round_up_length
 
 
 def cost(num_pages: list[int], ends: tuple[int, ...]) -> int:
@@ -47,14 +47,14 @@ def make_batch(spans: list[tuple[int, int]]) -> Batch:
     table = np.arange(1, len(spans) * width + 1).reshape(len(spans), width)
     tokens = list(range(int((ends - starts).sum())))
     rows = np.arange(len(spans))
-    return Batch(tokens, rows + 100, rows, starts, ends, table)
+    return Batch(tokens, rows, starts, ends, table)
 
 
-def planner() -> Planner:
-    return Planner(row_multiple=16, num_query_heads=4, min_rows=4, device=torch.device("cpu"))
+def make(batch: Batch) -> Plan:
+    return make_plan(batch, row_multiple=16, num_query_heads=4, min_rows=4, device=torch.device("cpu"))
 
 
-def attended(made: plan.Plan, padding: int) -> list[tuple[int, int, int]]:
+def attended(made: Plan, padding: int) -> list[tuple[int, int, int]]:
     """Every real query of the plan's blocks: its token, its position, its first page."""
     found = []
     for block in made.blocks:
@@ -75,7 +75,7 @@ def test_every_token_attends_once_at_its_place(spans: list[tuple[int, int]], sma
     limit = plan.MAX_SCORES
     try:
         plan.MAX_SCORES = 4 * 4 * PAGE_SIZE * 8 if small else limit
-        made = planner().make(batch)
+        made = make(batch)
     finally:
         plan.MAX_SCORES = limit
     assert len(made.positions) % 16 == 0
@@ -88,7 +88,7 @@ def test_every_token_attends_once_at_its_place(spans: list[tuple[int, int]], sma
 
 
 def test_keys_are_written_where_the_page_table_says() -> None:
-    made = planner().make(make_batch([(20, 21), (14, 18)]))
+    made = make(make_batch([(20, 21), (14, 18)]))
     page = {row: [row * 2 + 1, row * 2 + 2] for row in range(2)}
     expected = [page[0][1] * PAGE_SIZE + 4] + [
         page[1][position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE for position in range(14, 18)
@@ -98,16 +98,8 @@ def test_keys_are_written_where_the_page_table_says() -> None:
 
 
 def test_a_query_sees_itself_and_what_is_before_it_within_the_window() -> None:
-    (block,) = planner().make(make_batch([(0, 6)])).blocks
+    (block,) = make(make_batch([(0, 6)])).blocks
     visible = block.bias(None)[0, :6, 0, :6] == 0
     assert torch.equal(visible, torch.ones(6, 6, dtype=torch.bool).tril())
     near = block.bias(2)[0, :6, 0, :6] == 0
     assert torch.equal(near, torch.ones(6, 6, dtype=torch.bool).tril() & ~torch.ones(6, 6, dtype=torch.bool).tril(-2))
-
-
-def test_sequences_that_decode_on_are_named_from_the_second_pass() -> None:
-    maker = planner()
-    first = maker.make(make_batch([(20, 21), (30, 31)]))
-    second = maker.make(make_batch([(21, 22), (31, 32)]))
-    assert [block.members for block in first.blocks] == [None]
-    assert second.blocks[0].members is not None

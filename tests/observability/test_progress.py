@@ -75,6 +75,26 @@ def rendered(progress: Progress) -> str:
     return capture.get()
 
 
+def test_the_display_opens_before_the_rollouts_are_known_and_their_time_counts_from_their_begin():
+    clock = Clock()
+    out = io.StringIO()
+    progress = Progress(console=Console(file=out, width=120, color_system=None), clock=clock)
+    with progress.phase("starting", "engines and trainers to start"):
+        assert rendered(progress).startswith("starting")
+        clock.now = 40.0
+        progress.tick()
+    progress.begin(3, 5)
+    assert rendered(progress).startswith("rollout 3/5")
+    clock.now = 100.0
+    progress.begin_step()
+    clock.now = 102.0
+    progress.update(3, {})
+    assert out.getvalue().splitlines() == [
+        "waiting for engines and trainers to start (40 s)",
+        "rollout 4/5   step 2.0 s   ETA 0:02",
+    ]
+
+
 def test_the_terminal_shows_the_phase_and_what_is_waited_for():
     clock = Clock()
     progress, _ = make(terminal=True, clock=clock)

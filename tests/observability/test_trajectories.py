@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from slime.observability.trajectories import add_train_log_probs, pick_samples, read_samples, write_samples
+from slime.observability.trajectories import pick_samples, read_samples, write_samples
 from slime.utils.types import Sample, SampleStatus
 
 
@@ -40,7 +40,6 @@ def test_a_record_holds_prompt_tokens_mask_log_probs_and_outcome(tmp_path: Path)
                 "tokens": ["<0>", "<1>", "<2>", "<3>"],
                 "loss_mask": [1, 0, 0, 1],
                 "rollout_log_probs": [-0.0, -0.1235, -0.2469, -0.3704],
-                "train_log_probs": None,
                 "omitted": None,
                 "reward": 1.0,
                 "label": "0",
@@ -94,12 +93,10 @@ def test_a_removed_sample_is_masked_throughout(tmp_path: Path):
 def test_long_responses_keep_head_and_tail_in_step_with_mask_and_log_probs(tmp_path: Path):
     length = 5000
     write_samples(tmp_path, 3, [make_sample(9, length)], rewards=[1.0], token_texts=token_texts)
-    add_train_log_probs(tmp_path, 3, {9: [-float(i) for i in range(length)], 10: [0.0]})
     (record,) = read_samples(tmp_path)[3]
     position, count = record["omitted"]
     kept = [*range(position), *range(position + count, length)]
     assert record["tokens"] == [f"<{i}>" for i in kept]
-    assert record["train_log_probs"] == [-float(i) for i in kept]
     assert record["rollout_log_probs"] == [round(-0.123456 * i, 4) for i in kept]
     assert len(record["loss_mask"]) == len(kept)
     assert (tmp_path / "samples" / "rollout_000003.jsonl").stat().st_size < 40_000

@@ -76,6 +76,12 @@ async def test_requests_reach_an_engine_from_its_registration_to_its_removal(rou
     assert caught.value.status == 503
 
 
+async def test_an_engine_that_is_registered_already_may_be_added_again(router: Router, engine: str) -> None:
+    await router.add(engine)
+    await router.add(engine)
+    assert list(await router.workers()) == [engine]
+
+
 async def test_a_router_that_dies_comes_back_on_its_port(router: Router, engine: str) -> None:
     url = router.url
     await router.add(engine)

@@ -44,7 +44,8 @@ def run(batch: PackedBatch, log_probs: Tensor, entropy: Tensor | None = None, **
     result = loss_for(cfg)(TokenOutputs(leaf, entropy), batch, lambda values: values)
     result.loss.backward()
     assert leaf.grad is not None
-    return leaf.grad, {name: float(value) for name, value in result.metrics.items()}
+    metrics = {name: float(value) for name, value in result.metrics.items()}
+    return leaf.grad, metrics | {"loss": float(result.loss)}
 
 
 LOG_PROBS = torch.tensor([-1.05, -1.9, -1.6, -0.4, -3.1])

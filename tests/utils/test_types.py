@@ -71,6 +71,13 @@ def test_the_finish_reason_becomes_the_status(reason: str, status: str) -> None:
     assert sample.status == status
 
 
+def test_a_finish_reason_that_is_not_known_fails_the_sample() -> None:
+    sample = Sample()
+    sample.update_from_meta_info(None, {"finish_reason": {"type": "tea_break"}})
+    assert sample.status is Sample.Status.FAILED
+    assert "'tea_break'" in sample.metadata["failure"]
+
+
 def test_an_inner_turn_does_not_end_the_sample() -> None:
     sample = Sample(tokens=[1])
     sample.append_response_tokens(tokens=[2], meta_info=STOP, update_terminal_info=False)
@@ -102,9 +109,19 @@ def test_the_scalar_reward(reward: Any, key: str | None, expected: float) -> Non
     [
         (None, None, "sample 3 has no reward"),
         ({"score": 2}, None, r"keys \['score'\]. Name the one to train on with --reward-key"),
+        ({"score": None}, "score", "sample 3 has no reward"),
+        ({"pred": "a=3"}, "pred", "the reward of sample 3 is 'a=3', not a number"),
+        ([1.0, 2.0], None, r"the reward of sample 3 is \[1.0, 2.0\], not a number"),
         ({"score": 2}, "acc", r"--reward-key 'acc' is not among the reward's keys \['score'\]"),
     ],
 )
 def test_a_reward_that_is_no_number_says_what_to_do(reward: Any, key: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sample(index=3, reward=reward).get_reward_value(SimpleNamespace(reward_key=key))
+
+
+def test_evaluation_has_a_key_of_its_own() -> None:
+    args = SimpleNamespace(reward_key="score", eval_reward_key="acc")
+    assert Sample(reward={"score": -1.0, "acc": True}).get_reward_value(args, evaluation=True) == 1.0
+    with pytest.raises(ValueError, match="--eval-reward-key 'acc' is not among"):
+        Sample(reward={"score": -1.0}).get_reward_value(args, evaluation=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from slime.config.base import Group, arg
 
@@ -19,4 +18,3 @@ class FSDPConfig(Group):
     gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass.")
     bf16: bool | None = arg(None, "Compute in bfloat16, weights in float32 (default: on GPUs).")
     deterministic_mode: bool = arg(False, "Deterministic kernels only.")
-    fsdp_cpu_backend: Literal["gloo"] = arg("gloo", "Collectives of tensors on the CPU.")

@@ -191,7 +191,7 @@ class FSDPBackend:
         result = loss(actor(batch, entropy), batch, lambda values_T: _sequence_sum(values_T, batch))
         # FSDP averages gradients over ranks; a share of the step's loss must be added up instead.
         (result.loss * self.layout.data_size).backward()
-        return result
+        return result._replace(metrics=result.metrics | {"loss": result.loss.detach()})
 
     def _clip_gradients(self, actor: nn.Module) -> float:
         parameters = [parameter for parameter in actor.parameters() if parameter.grad is not None]

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from slime.utils.files import fsync_tree, write_text_atomically
+from slime.utils.files import fsync_tree, replace_directory, write_text_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -92,8 +92,7 @@ def save(root: str, meta: Meta, model: nn.Module, optimizer: torch.optim.Optimiz
             torch.save({"torch": torch.get_rng_state()}, temporary / "rng.pt")
             (temporary / "meta.json").write_text(json.dumps(meta._asdict()))
             fsync_tree(temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+            replace_directory(temporary, final)
             write_text_atomically(Path(root) / TRACKER, str(meta.rollout_id))
     dist.barrier()
 

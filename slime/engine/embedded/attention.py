@@ -24,48 +24,15 @@ from slime.engine.embedded.refusal import Refused
 MIN_ROWS = 4
 KEY_CHUNK = 128
 
-GROWTH = 64
-"""Tokens that a kept block can grow by."""
-
-MAX_KEPT_BYTES = 256 << 20
-"""Memory that kept blocks may take beside the cache."""
-
 
 class PagedAttention:
-    """The attention function of one model; `start` comes before each forward pass."""
+    """The attention function of one model; `plan` is set before each forward pass."""
 
     def __init__(self, cache: KVCache, *, exact: bool) -> None:
-        self._plan: Plan | None = None
+        self.plan: Plan | None = None
         self._cache = cache
-        self._kept: dict[bytes, KeptBlock] = {}
         self._attend = attend_exactly if exact else attend
         self._scratch: Tensor | None = None
-
-    def start(self, plan: Plan) -> None:
-        """Makes `plan` that of the next pass, and decides which blocks' keys and values are kept from pass to pass."""
-        self._plan = plan
-        kept, budget = self._kept, MAX_KEPT_BYTES
-        self._kept = {}
-        for block in plan.blocks:
-            if block.members is None:
-                continue
-            known = kept.get(block.members)
-            if known is None or not known.can_take(block):
-                known = KeptBlock(block, self._cache)
-            budget -= known.num_bytes
-            if budget >= 0:
-                self._kept[block.members] = known
-                known.advance(block)
-
-    def forget(self) -> None:
-        """Frees what is kept between passes."""
-        self._kept.clear()
-        self._scratch = None
-
-    @property
-    def num_kept_bytes(self) -> int:
-        """Bytes of the blocks that are kept between passes."""
-        return sum(kept.num_bytes for kept in self._kept.values())
 
     def __call__(
         self,
@@ -81,7 +48,7 @@ class PagedAttention:
         **_unused: object,
     ) -> tuple[Tensor, None]:
         """Stores key and value [1, H, T, D], attends with query [1, Hq, T, D]; returns [1, T, Hq, D]."""
-        plan = self._plan
+        plan = self.plan
         assert plan is not None, "the model ran without a plan"
         pool = self._cache.layer(module.layer_idx)
         _, num_heads, _, _, head_dim = pool.shape
@@ -98,11 +65,7 @@ class PagedAttention:
         output = query.new_empty(query.shape[2] + 1, query.shape[1], head_dim)
         output[plan.num_tokens :] = 0  # else padding could bring a NaN into the dummy page, and from there to others
         for block in plan.blocks:
-            kept = None if block.members is None else self._kept.get(block.members)
-            if kept is not None:
-                keys, values = kept.update(module.layer_idx, key[0], value[0], block)
-            else:
-                keys, values = self._gather(pool, block)
+            keys, values = self._gather(pool, block)
             result = self._attend(
                 _queries(query[0], block, num_heads), keys, values, block.bias(sliding_window), scale, softcap
             )
@@ -118,46 +81,6 @@ class PagedAttention:
         target = self._scratch[:size].view(2 * num_heads, len(block.pages), page_size * head_dim)
         torch.index_select(pool.view(2 * num_heads, num_pages, -1), 1, block.pages, out=target)
         return target.view(2, num_heads, block.num_sequences, block.num_keys, head_dim)
-
-
-class KeptBlock:
-    """The keys and values of a block of decoding sequences, side by side, kept from pass to pass with room to grow.
-
-    Reading them from their pages anew would triple the memory traffic of a pass.
-    """
-
-    def __init__(self, block: Block, cache: KVCache) -> None:
-        self._cache = cache
-        self._capacity = block.num_keys + GROWTH
-        self._layers: dict[int, Tensor] = {}
-        self._next: Tensor | None = None
-        self._places = block.positions[:, 0]
-        self.num_bytes = cache.bytes_per_token * block.num_sequences * self._capacity
-
-    def can_take(self, block: Block) -> bool:
-        """Whether the block's new tokens directly follow what is kept, and there is room."""
-        return block.num_keys <= self._capacity and self._next is not None and torch.equal(self._next, block.positions)
-
-    def advance(self, block: Block) -> None:
-        """Notes which tokens the coming pass adds."""
-        rows = torch.arange(block.num_sequences, device=block.positions.device) * self._capacity
-        self._places = rows + block.positions[:, 0]
-        self._next = block.positions + 1
-
-    def update(self, layer: int, key: Tensor, value: Tensor, block: Block) -> Tensor:
-        """A layer's keys and values, [2, H, S, K, D], with the new ones of the pass's key and value [H, T, D]."""
-        kept = self._layers.get(layer)
-        if kept is None:
-            kept = self._layers[layer] = self._read(self._cache.layer(layer), block)
-        else:
-            flat = kept.flatten(2, 3)
-            flat[0].index_copy_(1, self._places, key[:, block.tokens])
-            flat[1].index_copy_(1, self._places, value[:, block.tokens])
-        return kept[:, :, :, : block.num_keys]
-
-    def _read(self, pool: Tensor, block: Block) -> Tensor:
-        pages = pool.index_select(2, block.pages).unflatten(2, (block.num_sequences, -1)).flatten(3, 4)
-        return functional.pad(pages, (0, 0, 0, self._capacity - block.num_keys))
 
 
 def attend_exactly(

@@ -59,11 +59,6 @@ class KVCache:
         return int(np.prod(self._shape)) * self._dtype.itemsize
 
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values in all layers."""
-        return self.num_bytes // (self.num_pages * PAGE_SIZE)
-
-    @property
     def has_memory(self) -> bool:
         """Whether the pool's tensors exist."""
         return self._pool is not None

@@ -23,7 +23,7 @@ from slime.engine.embedded.args import ServerArgs
 from slime.engine.embedded.attention import MIN_ROWS, PagedAttention
 from slime.engine.embedded.experts import exact_experts
 from slime.engine.embedded.kv_cache import PAGE_SIZE, KVCache
-from slime.engine.embedded.plan import Batch, Planner
+from slime.engine.embedded.plan import Batch, make_plan
 from slime.engine.embedded.refusal import Refused
 
 logger = logging.getLogger(__name__)
@@ -54,12 +54,7 @@ class ModelRunner:
         self.is_exact = self.dtype == torch.float32 and (
             self.device.type == "cpu" or args.enable_deterministic_inference
         )
-        self._planner = Planner(
-            row_multiple=ROW_MULTIPLE,
-            num_query_heads=int(self.text_config.num_attention_heads),
-            min_rows=MIN_ROWS,
-            device=self.device,
-        )
+        self._num_query_heads = int(self.text_config.num_attention_heads)
         self._takes_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._attention_name = f"slime_paged_{next(_attention_names)}"
         self.use_cache(self._make_cache(args))
@@ -71,8 +66,14 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch, rows: list[int]) -> Tensor:
         """Runs a batch and returns float32 logits [R, V] of the tokens of the pass numbered by `rows`."""
-        plan = self._planner.make(batch)
-        self._attention.start(plan)
+        plan = make_plan(
+            batch,
+            row_multiple=ROW_MULTIPLE,
+            num_query_heads=self._num_query_heads,
+            min_rows=MIN_ROWS,
+            device=self.device,
+        )
+        self._attention.plan = plan
         input_ids = torch.tensor([batch.tokens + [0] * (len(plan.positions) - plan.num_tokens)], device=self.device)
         kept = torch.tensor(rows + [0] * (-len(rows) % ROW_MULTIPLE), dtype=torch.long, device=self.device)
         options: dict[str, Any] = {"logits_to_keep": kept} if self._takes_rows else {}
@@ -89,11 +90,6 @@ class ModelRunner:
         self._attention = PagedAttention(cache, exact=self.is_exact)
         ALL_ATTENTION_FUNCTIONS.register(self._attention_name, self._attention)
 
-    def forget(self) -> None:
-        """Makes all keys and values invalid, and frees what is kept beside the cache."""
-        self._attention.forget()
-        self.cache.clear()
-
     @torch.inference_mode()
     def check_attention(self) -> None:
         """Compares a few tokens in two passes against the model's own attention in one, and switches to ours.
@@ -108,7 +104,7 @@ class ModelRunner:
         parts = []
         for start, end in ((0, 6), (6, 10), (10, 11)):
             row, table = np.array([0]), np.array([pages])
-            batch = Batch(tokens[start:end], row, row, np.array([start]), np.array([end]), table)
+            batch = Batch(tokens[start:end], row, np.array([start]), np.array([end]), table)
             parts.append(self.forward(batch, list(range(end - start))))
         self.cache.free(pages)
         gap = (torch.cat(parts).log_softmax(-1) - reference.log_softmax(-1)).abs().mean().item()

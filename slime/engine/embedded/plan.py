@@ -18,11 +18,8 @@ from slime.engine.embedded.kv_cache import DUMMY_PAGE, PAGE_SIZE
 MAX_SCORES = 1 << 24
 """Attention scores of one block at most (64 MiB in float32)."""
 
-BLOCK_OVERHEAD = 80
+BLOCK_OVERHEAD = 40
 """What one more block costs in a forward pass, in pages read (measured with a tiny model)."""
-
-REUSE_RANGES = 32
-"""Passes for which sequences that decode together stay in the same blocks, though others might come to read less."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,9 @@ class Batch:
     """The sequences of a pass: b computes its tokens starts[b] to ends[b]; page_table[rows[b]] names its pages.
 
     tokens: of all sequences, one after the other [T]. Sequences with one new token come first, sorted by length.
-    serials: one number for each sequence, new whenever its keys and values are.
     """
 
     tokens: list[int]
-    serials: np.ndarray
     rows: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
@@ -47,7 +42,6 @@ class Block:
 
     tokens: a slice of the pass's tokens where the block is one without padding, else the token of each query [S * Q],
     and the number of tokens for padding. pages: [S * K / P]; positions: of the queries [S, Q].
-    members: names the sequences of a block of single tokens, where the pass before had the same block.
     """
 
     num_sequences: int
@@ -56,7 +50,6 @@ class Block:
     tokens: slice | Tensor
     pages: Tensor
     positions: Tensor
-    members: bytes | None = None
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def bias(self, window: int | None) -> Tensor:
@@ -85,51 +78,31 @@ class Plan:
     blocks: list[Block]
 
 
-class Planner:
-    """Makes plans. Sequences that decode together stay in one block for a while, so that what it read can be kept."""
+def make_plan(batch: Batch, *, row_multiple: int, num_query_heads: int, min_rows: int, device: torch.device) -> Plan:
+    """The plan of a pass over a batch, padded to a multiple of tokens.
 
-    def __init__(self, *, row_multiple: int, num_query_heads: int, min_rows: int, device: torch.device) -> None:
-        """num_query_heads: bounds the memory of scores. min_rows: queries that a prefill block has at least."""
-        self._row_multiple, self._num_query_heads, self._min_rows = row_multiple, num_query_heads, min_rows
-        self._to_device = _ToDevice(device)
-        self._decoding = b""
-        self._ranges: list[tuple[int, int]] = []
-        self._age = 0
-
-    def make(self, batch: Batch) -> Plan:
-        """The plan of a pass over a batch, padded to a multiple of tokens."""
-        lengths = batch.ends - batch.starts
-        firsts = np.cumsum(lengths) - lengths
-        num_tokens = len(batch.tokens)
-        padded = num_tokens + -num_tokens % self._row_multiple
-        sequence = np.repeat(np.arange(len(lengths)), lengths)
-        positions = np.zeros(padded, dtype=np.int64)
-        positions[:num_tokens] = np.arange(num_tokens) - firsts[sequence] + batch.starts[sequence]
-        slots = np.full(padded, DUMMY_PAGE * PAGE_SIZE, dtype=np.int64)
-        place = positions[:num_tokens]
-        slots[:num_tokens] = batch.page_table[batch.rows[sequence], place // PAGE_SIZE] * PAGE_SIZE + place % PAGE_SIZE
-        num_decodes = int(np.count_nonzero(lengths == 1))
-        blocks = self._decode_blocks(batch, num_decodes)
-        for group in _prefill_groups(firsts, batch, num_decodes, self._num_query_heads):
-            blocks.append(_prefill_block(group, batch, padded, self._min_rows, self._to_device))
-        return Plan(num_tokens, self._to_device(positions), self._to_device(slots), blocks)
-
-    def _decode_blocks(self, batch: Batch, num_decodes: int) -> list[Block]:
-        num_pages = -(-batch.ends[:num_decodes] // PAGE_SIZE)
-        decoding = batch.serials[:num_decodes].tobytes()
-        is_repeated = decoding == self._decoding and self._age < REUSE_RANGES
-        if is_repeated:
-            self._age += 1
-        else:
-            self._decoding, self._ranges, self._age = decoding, decode_ranges(num_pages.tolist()), 0
-        blocks = []
-        for start, end in self._ranges:
-            pages = batch.page_table[batch.rows[start:end], : num_pages[end - 1]]
-            block = _block(slice(start, end), pages, batch.starts[start:end, None], self._to_device)
-            if is_repeated:
-                block.members = batch.serials[start:end].tobytes()
-            blocks.append(block)
-        return blocks
+    num_query_heads: bounds the memory of scores. min_rows: queries that a prefill block has at least.
+    """
+    lengths = batch.ends - batch.starts
+    firsts = np.cumsum(lengths) - lengths
+    num_tokens = len(batch.tokens)
+    padded = num_tokens + -num_tokens % row_multiple
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.zeros(padded, dtype=np.int64)
+    positions[:num_tokens] = np.arange(num_tokens) - firsts[sequence] + batch.starts[sequence]
+    slots = np.full(padded, DUMMY_PAGE * PAGE_SIZE, dtype=np.int64)
+    place = positions[:num_tokens]
+    slots[:num_tokens] = batch.page_table[batch.rows[sequence], place // PAGE_SIZE] * PAGE_SIZE + place % PAGE_SIZE
+    num_decodes = int(np.count_nonzero(lengths == 1))
+    num_pages = -(-batch.ends // PAGE_SIZE)
+    to_device = _ToDevice(device)
+    blocks = []
+    for start, end in decode_ranges(num_pages[:num_decodes].tolist()):
+        pages = batch.page_table[batch.rows[start:end], : num_pages[end - 1]]
+        blocks.append(_block(slice(start, end), pages, batch.starts[start:end, None], to_device))
+    for group in _prefill_groups(firsts, batch, num_decodes, num_query_heads):
+        blocks.append(_prefill_block(group, batch, padded, min_rows, to_device))
+    return Plan(num_tokens, to_device(positions), to_device(slots), blocks)
 
 
 class _ToDevice:
@@ -141,11 +114,9 @@ class _ToDevice:
 
 
 def round_up_length(length: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: lengths are padded to few sizes, by a third at most."""
-    if length <= 4:
-        return length
-    power = 1 << (length - 1).bit_length()
-    return power * 3 // 4 if length <= power * 3 // 4 else power
+    """The next multiple of an eighth of the power of two below: lengths are padded to few sizes, by an eighth at most."""
+    granule = max(1, (1 << (length.bit_length() - 1)) // 8)
+    return -(-length // granule) * granule
 
 
 def decode_ranges(num_pages: list[int]) -> list[tuple[int, int]]:

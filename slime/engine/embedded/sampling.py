@@ -129,7 +129,7 @@ def _invert(weights_BV: Tensor, points_B: Tensor) -> Tensor:
 
 
 def _choose_cut(probs_BV: Tensor, points_B: Tensor, table: SamplingTable, rows: np.ndarray) -> Tensor:
-    """As `_invert`, among the top_k likeliest, of these the fewest that reach top_p, and at least min_p times the best."""
+    """As `_invert`, among the top_k likeliest, of these the fewest that reach top_p, at least min_p of the best."""
     sorted_probs, order = probs_BV.sort(dim=-1, descending=True, stable=True)
     columns = {
         name: torch.from_numpy(values[rows]).to(probs_BV.device)[:, None]

@@ -69,8 +69,6 @@ class Scheduler:
         self._free_rows = list(range(max_running))
         longest = min(runner.context_length, runner.cache.num_tokens)
         self._page_table = np.zeros((max_running, -(-longest // PAGE_SIZE) + 1), dtype=np.int64)
-        self._serials = np.zeros(max_running, dtype=np.int64)
-        self._num_starts = 0
         self._copies: list[tuple[int, int]] = []
         self._table = SamplingTable(max_running)
         self._news: list[Request] = []
@@ -147,7 +145,7 @@ class Scheduler:
         """Makes every key and value invalid: prefixes are forgotten, running requests queue to be computed anew."""
         self.retract_all()
         self._prefixes.clear()
-        self.runner.forget()
+        self._cache.clear()
 
     # admission
 
@@ -210,8 +208,6 @@ class Scheduler:
             self.counters.cached_tokens += length
             self.counters.prompt_tokens += request.prompt_length
         request.row = self._free_rows.pop()
-        self._num_starts += 1
-        self._serials[request.row] = self._num_starts
         self._table.set_row(request.row, request.params, request.seed)
         self._add_pages(request, pages + own)
         self.running.append(request)
@@ -305,8 +301,7 @@ class Scheduler:
                 draws.append(item)
                 draw_rows.append(len(tokens) - 1)
         fields = np.array([(item.request.row, item.start, item.end) for item in work])
-        rows = fields[:, 0]
-        batch = Batch(tokens, self._serials[rows], rows, fields[:, 1], fields[:, 2], self._page_table)
+        batch = Batch(tokens, fields[:, 0], fields[:, 1], fields[:, 2], self._page_table)
         return self.runner.forward(batch, prompts.rows + draw_rows)
 
     # after a pass

@@ -8,7 +8,6 @@ from typing import Any
 
 from slime.observability.report.run import Run, short
 
-_GAP = 0.1  # nats between trainer and engine from which a token is underlined
 _VISIBLE = {"\n": "⏎\n", "\t": "⇥\t"}
 
 
@@ -19,8 +18,7 @@ def samples_section(run: Run) -> str:
     first, last = min(run.samples), max(run.samples)
     parts = [
         '<p class="note"><span class="tok on">Tinted tokens</span> were sampled by the policy and are trained on; '
-        '<span class="tok off">grey ones</span> are not (loss mask 0). A red underline marks a gap of more than '
-        f"{_GAP} between trainer and engine. Point at a token for its log-probabilities.</p>",
+        '<span class="tok off">grey ones</span> are not (loss mask 0). Point at a token for its log-probability.</p>',
         f"<h3>Rollout {last}</h3>{_cards(run.samples[last])}",
     ]
     if first != last:
@@ -64,10 +62,7 @@ def _tokens(record: dict[str, Any]) -> str:
 
 def _token(record: dict[str, Any], i: int, token: str, trained: bool) -> str:
     engine = record["rollout_log_probs"][i] if record["rollout_log_probs"] else None
-    trainer = record["train_log_probs"][i] if record["train_log_probs"] else None
-    known = [f"{who} {value:.4f}" for who, value in (("engine", engine), ("trainer", trainer)) if value is not None]
-    title = f' title="{", ".join(known)}"' if known and trained else ""
-    is_apart = trained and engine is not None and trainer is not None and abs(engine - trainer) > _GAP
-    classes = f"tok {'on' if trained else 'off'}{' gap' if is_apart else ''}"
+    title = f' title="{engine:.4f}"' if engine is not None and trained else ""
+    classes = f"tok {'on' if trained else 'off'}"
     text = "".join(_VISIBLE.get(char, char) for char in escape(token))
     return f'<span class="{classes}"{title}>{text}</span>'

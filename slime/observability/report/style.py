@@ -69,7 +69,7 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 420
 .prompt { color: var(--soft); border-left: 2px solid var(--rule); padding-left: 10px; margin-bottom: 8px; }
 .tok { border-radius: 2px; padding: 1px 0; box-shadow: inset -1px 0 0 var(--card); }
 .tok.on { background: var(--tint); } .tok.off { background: var(--grey); color: var(--soft); }
-.tok.gap { box-shadow: inset 0 -2px 0 var(--c4); } .omitted { color: var(--soft); font-style: italic; }
+.omitted { color: var(--soft); font-style: italic; }
 details { margin: 16px 0; } summary { cursor: pointer; color: var(--soft); margin-bottom: 10px; }
 @media print { body { max-width: none; padding: 0; font-size: 12px; } pre { max-height: none; }
   .tile b { font-size: 16px; } .phases { font-size: 11px; }

@@ -23,7 +23,16 @@ from slime.rollout.rm_hub.remote import remote_rm
 from slime.utils.misc import load_function
 from slime.utils.types import Sample
 
-__all__ = ["RULES", "Reward", "RewardError", "async_rm", "batched_async_rm", "check_rm_type"]
+__all__ = [
+    "RULES",
+    "RULES_OF_DICTS",
+    "RULES_WITH_LABEL",
+    "Reward",
+    "RewardError",
+    "async_rm",
+    "batched_async_rm",
+    "check_rm_type",
+]
 
 RULES: dict[str, Callable[[Any, Sample], Any]] = {
     "dapo": dapo_reward,
@@ -32,6 +41,8 @@ RULES: dict[str, Callable[[Any, Sample], Any]] = {
     "random": random_reward,
     "remote_rm": remote_rm,
 }
+RULES_WITH_LABEL = frozenset({"dapo", "exact_match", "math"})
+RULES_OF_DICTS = frozenset({"dapo"})  # their rewards need a --reward-key
 BOXED_PREFIX = "boxed_"  # boxed_dapo: dapo on what stands in the last \boxed{}
 
 

@@ -15,11 +15,12 @@ DOCUMENTED_METRICS = {
         "rollout/response_len/mean",
         "rollout/response_len/median", "rollout/response_len/max", "rollout/response_len/min", "perf/rollout_time",
         "perf/tokens_per_gpu_per_sec", "perf/longest_sample_tokens_per_sec", "perf/step_time", "perf/train_time",
-        "perf/update_weights_time",
+        "perf/update_weights_time", "perf/actor_train_time", "perf/actor_train_tok_per_s", "perf/train_wait_time",
+        "perf/wait_time_ratio",
     },
     "train/step": {
         "train/loss", "train/pg_loss", "train/pg_clipfrac", "train/ppo_kl", "train/entropy_loss", "train/grad_norm",
-        "train/lr-pg_0", "train/train_rollout_logprob_abs_diff", "perf/actor_train_time",
+        "train/lr-pg_0", "train/train_rollout_logprob_abs_diff",
     },
     "eval/step": {"eval/held", "eval/held-truncated_ratio", "eval/held/response_len/mean"},
 }  # fmt: skip

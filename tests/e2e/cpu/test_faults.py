@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from tests.e2e.cpu.helpers.runs import ENGINE, ROUTER, TRAINER, Run, Starter
+from tests.e2e.cpu.helpers.runs import ENGINE, ROUTER, TRAINER, Run, Starter, wait_for
 
 LONG = ("--rollout-max-response-len", "600", "--custom-generate-function-path", "recorder.generate")
 ONE_ROLLOUT = ("--num-rollout", "1")
@@ -60,6 +60,43 @@ def test_an_engine_that_hangs_is_killed_and_restarted(start: Starter) -> None:
     assert _has_all_samples(run)
     assert not engine.is_running()
     assert "does not answer /health: restarting it" in run.output()
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_again_while_it_restarts_is_restarted_again(start: Starter) -> None:
+    run = start(*LONG, *ONE_ROLLOUT).reaches("in_flight/7")
+    run.the_process(ENGINE).send_signal(signal.SIGKILL)
+    run.reaches("logs/engine_0_start_2.log")
+    wait_for(lambda: run.processes(ENGINE), timeout_s=30, what="the second start").pop().send_signal(signal.SIGKILL)
+    run.succeeds()
+    assert _has_all_samples(run)
+    assert "engine_0 did not come back: engine_0 ended with code 137" in run.output()
+    assert (run.run_dir / "logs" / "engine_0_start_3.log").is_file()
+
+
+@pytest.mark.slow
+def test_an_engine_whose_owner_is_killed_gets_another_one(start: Starter) -> None:
+    run = start(*LONG, *ONE_ROLLOUT).reaches("in_flight/7")
+    run.the_process("ray::ProcessHost").send_signal(signal.SIGKILL)
+    run.succeeds()
+    assert _has_all_samples(run)
+    assert "the actor that owns engine_0 died" in run.output()
+    run.leaves_nothing(within_s=5)
+
+
+@pytest.mark.slow
+def test_an_engine_that_hangs_in_a_weight_update_is_restarted_with_the_new_weights(start: Starter) -> None:
+    run = start(
+        *("--no-colocate", "--rollout-num-gpus", "1", "--num-steps-per-rollout", "8"),
+        *("--rollout-health-check-interval", "600", "--weight-sync-timeout-s", "10"),
+    ).reaches("record_000000.json")
+    engine = run.the_process(ENGINE)
+    engine.send_signal(signal.SIGSTOP)
+    run.succeeds()
+    assert not engine.is_running()
+    assert {version for sample in run.samples(1) for version in sample["weight_versions"]} == {"1"}
+    assert (run.run_dir / "logs" / "engine_0_start_2.log").is_file()
+    run.leaves_nothing(within_s=5)
 
 
 @pytest.mark.slow
@@ -122,6 +159,21 @@ def test_sigterm_saves_at_the_next_step_boundary_and_exits_0(start: Starter) -> 
 
 
 @pytest.mark.slow
+def test_sigterm_in_an_evaluation_saves_the_step_before_it_and_begins_no_other(start: Starter) -> None:
+    save = start.folder / "ckpt"
+    run = start(
+        *(*MANY_ROLLOUTS, "--save", str(save), "--skip-eval-before-train", "--eval-interval", "1"),
+        *("--eval-prompt-data", "held", str(start.prompts), "--eval-max-response-len", "300"),
+    ).reaches("evaluation_000001")
+    run.process.send_signal(signal.SIGTERM)
+    run.succeeds(60)
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "0"
+    assert len(run.metrics()) == 1
+    assert not (run.run_dir / "record_000001.json").exists()
+    run.leaves_nothing(within_s=5)
+
+
+@pytest.mark.slow
 def test_sigterm_during_the_start_ends_everything(start: Starter) -> None:
     run = start().reaches("logs/engine_0_start_1.log")
     run.process.send_signal(signal.SIGTERM)
@@ -160,13 +212,18 @@ def test_a_port_in_use_is_named(start: Starter) -> None:
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_skips_steps_dumps_samples_and_stops(start: Starter) -> None:
-    run = start(
-        *MANY_ROLLOUTS, "--custom-reward-post-process-path", "recorder.infinite_rewards", "--max-skipped-steps", "1"
-    )
+    lost = ("--custom-generate-function-path", "recorder.without_log_probs", "--use-rollout-logprobs")
+    run = start(*MANY_ROLLOUTS, *lost, "--max-skipped-steps", "1")
     _fails(run, "2 optimizer steps", "--max-skipped-steps 1", "skipped_steps", timeout_s=90)
     assert [m["train/skipped_steps"] for m in run.metrics("train/step")] == [1.0]
     dumps = sorted((run.run_dir / "skipped_steps").iterdir())
     assert [len(dump.read_text().splitlines()) for dump in dumps] == [8, 8]
+
+
+@pytest.mark.slow
+def test_rewards_that_a_post_processing_makes_infinite_are_named(start: Starter) -> None:
+    run = start("--custom-reward-post-process-path", "recorder.infinite_rewards")
+    _fails(run, "sample 0", "--custom-reward-post-process-path", "inf")
 
 
 @pytest.mark.slow

@@ -71,6 +71,18 @@ def test_plug_ins_of_a_users_folder_take_part(start: Starter) -> None:
     assert abs(metrics["rollout/advantages"]) < 1e-6
 
 
+def test_with_num_epoch_plug_ins_see_the_number_of_rollouts(start: Starter) -> None:
+    mine = start.folder / "mine"
+    mine.mkdir()
+    (mine / "counting.py").write_text("async def reward(args, sample, **kwargs):\n    return float(args.num_rollout)\n")
+    flags = start.default_flags("run")
+    position = flags.index("--num-rollout")
+    flags[position : position + 2] = ["--num-epoch", "1"]
+    changes = ("--rollout-batch-size", "13", "--n-samples-per-prompt", "2", "--custom-rm-path", "counting.reward")
+    run = start.bare(*flags, *changes, cwd=mine).succeeds()
+    assert [metrics["rollout/raw_reward"] for metrics in run.metrics()] == [3.0, 3.0, 3.0]
+
+
 def test_an_external_router_serves_the_run_and_outlives_it(start: Starter) -> None:
     port = find_free_port()
     command = ["-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]

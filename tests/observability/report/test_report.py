@@ -11,7 +11,7 @@ from slime.observability.metrics import eval_metrics, rollout_metrics
 from slime.observability.report import write_report
 from slime.observability.timer import PhaseTimer
 from slime.observability.tracking import Tracker
-from slime.observability.trajectories import add_train_log_probs, write_samples
+from slime.observability.trajectories import write_samples
 from slime.utils.types import Sample, SampleStatus
 
 NASTY = "<script>alert('x')</script>&\"\n"
@@ -51,7 +51,6 @@ def make_run(run_dir: Path, num_rollouts: int) -> None:
             with timer.phase("step"), timer.phase(NASTY):
                 metrics = rollout_metrics(samples, rewards, seconds=2.0, num_gpus=1, weight_version=rollout_id)
             write_samples(run_dir, rollout_id, samples, rewards=rewards, token_texts=token_texts)
-            add_train_log_probs(run_dir, rollout_id, {s.index: [-0.5, 0.0, -0.5, -1.0] for s in samples})
             tracker.log("rollout/step", rollout_id, metrics)
             tracker.log("train/step", rollout_id, {"train/loss": 0.5, "train/grad_norm": math.nan})
             solved = [1.0] * (rollout_id + 1) + [0.0] * 3
@@ -117,12 +116,12 @@ def test_headlines_tell_before_and_after(tmp_path: Path):
     assert "4 rollouts" in page.text
 
 
-def test_tokens_are_shaded_by_loss_mask_and_gaps_underlined(tmp_path: Path):
+def test_tokens_are_shaded_by_loss_mask_and_tell_their_log_prob(tmp_path: Path):
     make_run(tmp_path, 1)
     html, _ = render(tmp_path)
     assert html.count('<span class="tok off"> tool </span>') == 8
-    assert html.count('<span class="tok on gap" title="engine -0.2500, trainer -0.5000">') == 8
-    assert html.count('<span class="tok on" title="engine -0.5000, trainer -0.5000">&lt;b&gt;</span>') == 8
+    assert html.count('<span class="tok on" title="-0.2500">') == 8
+    assert html.count('<span class="tok on" title="-0.5000">&lt;b&gt;</span>') == 8
 
 
 def test_arguments_are_shown_without_secrets(tmp_path: Path):

@@ -8,6 +8,8 @@ from slime.rollout import sglang_rollout
 
 
 def generate_rollout(args, rollout_id, data_source, evaluation=False):
+    if evaluation:
+        (Path(args.run_dir) / f"evaluation_{rollout_id:06d}").touch()
     output = sglang_rollout.generate_rollout(args, rollout_id, data_source, evaluation=evaluation)
     if not evaluation:
         samples = [sample.to_dict() for group in output.samples for sample in group]
@@ -34,8 +36,15 @@ async def no_threes(args, sample, **kwargs):
     return len(set(response)) / max(1, len(response))
 
 
+async def without_log_probs(args, sample, sampling_params):
+    """The default generation, its log-probs lost: with --use-rollout-logprobs the loss is not finite."""
+    await sglang_rollout.generate(args, sample, sampling_params)
+    sample.rollout_log_probs = [float("nan")] * sample.response_length
+    return sample
+
+
 def infinite_rewards(args, samples):
-    """A reward post-processing whose loss is not finite."""
+    """A reward post-processing that divides by a deviation of 0."""
     rewards = [sample.get_reward_value(args) for sample in samples]
     return rewards, [float("inf")] * len(samples)
 

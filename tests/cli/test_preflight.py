@@ -1,0 +1,114 @@
+"""What preflight says of data and rewards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny_models import make_tiny_model
+
+from slime.arguments import Args, parse_args
+from slime.cli.dry_run import plan
+from slime.cli.preflight import preflight
+
+MakeArgs = Callable[..., Args]
+ROW = {"input": "1+1=?", "label": "2"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=32)
+
+
+@pytest.fixture
+def make_args(model: Path, tmp_path: Path) -> MakeArgs:
+    """Settings for prompts of `rows`, with `flags` behind."""
+
+    def make(rows: list[dict[str, Any]], *flags: str) -> Args:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        base = {
+            "--train-backend": "fsdp",
+            "--hf-checkpoint": str(model),
+            "--prompt-data": str(tmp_path / "rows.jsonl"),
+            "--rollout-batch-size": "2",
+            "--n-samples-per-prompt": "2",
+            "--num-rollout": "1",
+            "--actor-num-gpus-per-node": "1",
+            "--run-dir": str(tmp_path / "run"),
+        }
+        return parse_args([part for item in base.items() for part in item] + ["--colocate", *flags])
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "message"),
+    [
+        ([ROW], [], "rows.jsonl:1: no reward is chosen"),
+        ([ROW], ["--rm-type", "math"], "rows.jsonl:1: the rule math compares with a label: name its key"),
+        ([ROW], ["--rm-type", "boxed_exact_match"], "the rule exact_match compares with a label"),
+        ([ROW], ["--rm-type", "dapo", "--label-key", "label"], "name the entry to use with --reward-key"),
+        ([ROW], ["--rm-type", "remote_rm"], "give --rm-url"),
+        (
+            [ROW, ROW | {"metadata": {"rm_type": "maths"}}],
+            ["--rm-type", "random"],
+            "rows.jsonl:2: --rm-type must be",
+        ),
+        ([ROW, ROW | {"metadata": {"rm_type": "math"}}], ["--rm-type", "random"], "rows.jsonl:2: the rule math"),
+        ([ROW, {"input": "0" * 40}], ["--rm-type", "random"], "rows.jsonl:2: the prompt has 40 tokens, the context 32"),
+    ],
+)
+def test_a_row_that_cannot_be_scored_or_sampled_is_named(
+    make_args: MakeArgs, rows: list[dict[str, Any]], flags: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        preflight(make_args(rows, *flags))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--rm-type", "dapo", "--label-key", "label", "--reward-key", "score"],
+        ["--rm-type", "math", "--label-key", "label"],
+        ["--rm-type", "math", "--custom-rm-path", "slime.cli.quickstart_data.exact_match"],
+        ["--rollout-function-path", "slime.rollout.sft_rollout.generate_rollout"],
+    ],
+)
+def test_rows_that_can_be_scored_are_counted(make_args: MakeArgs, flags: list[str]) -> None:
+    assert preflight(make_args([ROW, ROW], *flags)).num_prompts == 2
+
+
+@pytest.mark.parametrize("flag", ["--rollout-max-prompt-len", "--rollout-max-context-len"])
+def test_with_a_limit_of_the_users_own_longer_prompts_are_no_error(make_args: MakeArgs, flag: str) -> None:
+    rows = [ROW, {"input": "0" * 40}]
+    assert preflight(make_args(rows, "--rm-type", "random", flag, "20")).num_prompts == 2
+
+
+def test_evaluation_rows_are_checked_with_their_own_key_and_context(make_args: MakeArgs, tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps(ROW | {"metadata": {"rm_type": "dapo"}}) + "\n" + json.dumps({"input": "0" * 40}) + "\n")
+    flags = ["--rm-type", "random", "--eval-interval", "1", "--eval-prompt-data", "held", str(held)]
+    with pytest.raises(ValueError, match=r"held\.jsonl:1: the rule dapo compares with a label"):
+        preflight(make_args([ROW], *flags))
+    with pytest.raises(ValueError, match=r"held\.jsonl:1: the rewards of the rule dapo .* --eval-reward-key"):
+        preflight(make_args([ROW], *flags, "--eval-label-key", "label"))
+    held.write_text(json.dumps({"input": "0" * 40}) + "\n")
+    with pytest.raises(ValueError, match=r"held\.jsonl:1: .* 40 tokens, .* --eval-max-prompt-len"):
+        preflight(make_args([ROW], *flags))
+
+
+def test_prompts_of_a_data_source_of_the_users_own_are_unknown(make_args: MakeArgs) -> None:
+    args = make_args([ROW], "--rm-type", "random", "--data-source-path", f"{__name__}.Source")
+    findings = preflight(args)
+    assert findings.num_prompts is None
+    (data,) = [section for section in plan(args, findings) if section.title == "data"]
+    assert data.rows == [("prompts", "unknown (the run itself finds them)")]
+
+
+class Source:
+    """A data source that preflight knows nothing of."""

@@ -1,0 +1,226 @@
+"""The default rollout against a real engine, and its bookkeeping with generation functions of this file."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import pytest
+from helpers.embedded_engine import EngineUnderTest, running_engine
+from helpers.tiny_models import make_tiny_model
+
+from slime.arguments import Args, parse_args
+from slime.observability.metrics import eval_metrics
+from slime.rollout.data_source import RolloutDataSource
+from slime.rollout.sglang_rollout import (
+    GenerateState,
+    RolloutFailed,
+    generate_and_rm,
+    generate_and_rm_group,
+    generate_rollout,
+)
+from slime.utils.async_utils import run
+from slime.utils.http_utils import close
+from slime.utils.types import Sample, SampleStatus
+
+CONTEXT = 32
+MakeArgs = Callable[..., Args]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[EngineUnderTest]:
+    with running_engine(model, "--num-threads", "1") as running:
+        yield running
+        run(close())
+
+
+@pytest.fixture
+def make_args(model: Path, tmp_path: Path) -> MakeArgs:
+    """Settings with 4 prompts of 5 tokens, 2 samples each, and what a test adds."""
+    rows = [{"input": f"{n}+{n}=?", "label": str(2 * n)} for n in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(*flags: str) -> Args:
+        base = {
+            "--train-backend": "fsdp",
+            "--hf-checkpoint": str(model),
+            "--prompt-data": str(tmp_path / "prompts.jsonl"),
+            "--label-key": "label",
+            "--rm-type": "random",
+            "--rollout-batch-size": "4",
+            "--n-samples-per-prompt": "2",
+            "--num-rollout": "1",
+            "--actor-num-gpus-per-node": "1",
+        }
+        return parse_args([part for item in base.items() for part in item] + ["--colocate", *flags])
+
+    return make
+
+
+@pytest.fixture
+def through(engine: EngineUnderTest) -> list[str]:
+    """Flags that send requests to the engine itself, as to a router."""
+    url = urlparse(engine.url)
+    return ["--sglang-router-ip", str(url.hostname), "--sglang-router-port", str(url.port)]
+
+
+def custom(name: str) -> list[str]:
+    return ["--custom-generate-function-path", f"{__name__}.{name}"]
+
+
+def evaluated(args: Args) -> dict[str, Any]:
+    return generate_rollout(args, 0, RolloutDataSource(args), evaluation=True).data  # type: ignore[return-value]
+
+
+# --- generation functions
+
+
+async def answer(args: Args, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    sample.append_response_tokens(args, tokens=[7, 8], log_probs=[-1.0, -2.0], text="x")
+    sample.status = SampleStatus.COMPLETED
+    return sample
+
+
+async def answer_in_place(args: Args, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    """As plug-ins do: the lists of the sample itself are extended."""
+    sample.tokens += [7, 8]
+    sample.response_length = 2
+    sample.reward = 1.0
+    return sample
+
+
+async def second_sample_breaks(args: Args, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    await answer(args, sample, sampling_params)
+    if sample.index is not None and sample.index % 2:
+        sample.update_from_meta_info(args, {"finish_reason": {"type": "tea_break"}})
+    return sample
+
+
+async def fan_out(args: Args, sample: Sample, sampling_params: dict[str, Any]) -> list[Sample]:
+    return [await answer(args, Sample(index=sample.index, group_index=sample.group_index, tokens=[1]), {})]
+
+
+async def counted(args: Args, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    in_flight.append(sum(in_flight[-1:]) + 1)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    in_flight.append(in_flight[-1] - 1)
+    return await answer_in_place(args, sample, sampling_params)
+
+
+in_flight: list[int] = []
+
+
+async def group_raises(args: Args, samples: list[Sample], **kwargs: Any) -> list[float]:
+    raise KeyError("no such answer")
+
+
+async def score_as_dict(args: Args, sample: Sample, **kwargs: Any) -> dict[str, float]:
+    return {"score": 1.0}
+
+
+# --- the context
+
+
+def test_a_response_ends_at_the_models_context(make_args: MakeArgs, through: list[str]) -> None:
+    args = make_args(*through)  # --rollout-max-response-len 1024
+    output = generate_rollout(args, 0, RolloutDataSource(args))
+    samples = [sample for group in output.samples for sample in group]
+    assert len(samples) == 8
+    assert max(len(sample.tokens) for sample in samples) <= CONTEXT
+    assert any(sample.status is SampleStatus.TRUNCATED for sample in samples)
+
+
+def test_evaluation_has_a_context_of_its_own(make_args: MakeArgs, through: list[str], tmp_path: Path) -> None:
+    sets = ("--eval-interval", "1", "--eval-prompt-data", "held", str(tmp_path / "prompts.jsonl"))
+    data = evaluated(make_args(*through, *sets, "--eval-max-context-len", "12"))
+    assert max(len(sample.tokens) for sample in data["held"]["samples"]) == 12
+
+
+def test_a_prompt_that_leaves_no_room_fails_by_name(make_args: MakeArgs, through: list[str]) -> None:
+    args = make_args(*through)
+    sample = Sample(index=3, prompt="0" * 100)
+    run(generate_and_rm(args, sample, GenerateState(args).sampling_params))
+    assert sample.status is SampleStatus.FAILED
+    assert "the prompt of sample 3 has 100 tokens" in sample.metadata["failure"]
+
+
+# --- failures
+
+
+def test_the_share_and_the_number_of_failures_are_reported(make_args: MakeArgs) -> None:
+    args = make_args(*custom("second_sample_breaks"), "--max-failed-fraction", "0.5")
+    output = generate_rollout(args, 0, RolloutDataSource(args))
+    assert [len(group) for group in output.samples] == [1, 1, 1, 1]
+    assert output.metrics == {"rollout/failed": 0.5, "rollout/num_failed": 4}
+
+
+def test_a_finish_reason_that_is_not_known_is_a_failure(make_args: MakeArgs) -> None:
+    args = make_args(*custom("second_sample_breaks"))
+    with pytest.raises(RolloutFailed, match=r"[1-4] of 8 samples failed.*finish reason 'tea_break'"):
+        generate_rollout(args, 0, RolloutDataSource(args))
+
+
+def test_a_failure_of_samples_that_generation_made_is_told(make_args: MakeArgs) -> None:
+    args = make_args(*custom("fan_out"), "--group-rm", "--custom-rm-path", f"{__name__}.group_raises")
+    with pytest.raises(RolloutFailed, match=r"[2-8] of 8 samples failed.*no such answer"):
+        generate_rollout(args, 0, RolloutDataSource(args))
+
+
+def test_an_evaluation_sample_that_failed_counts_as_not_solved(make_args: MakeArgs, tmp_path: Path) -> None:
+    path = str(tmp_path / "prompts.jsonl")
+    sets = ("--eval-interval", "1", "--eval-prompt-data", "held", path, "--n-samples-per-eval-prompt", "2")
+    scored = ("--custom-rm-path", f"{__name__}.score_as_dict", "--eval-reward-key", "score")
+    data = evaluated(make_args(*custom("second_sample_breaks"), *sets, *scored, "--max-failed-fraction", "0.5"))
+    assert [math.isnan(reward) for reward in data["held"]["rewards"]] == [False, True] * 4
+    metrics = eval_metrics(data, 2)
+    assert (metrics["eval/held"], metrics["eval/held-pass@1"], metrics["eval/held-pass@2"]) == (1.0, 0.5, 1.0)
+
+
+def test_rewards_that_are_dicts_need_a_key_in_evaluation(make_args: MakeArgs, tmp_path: Path) -> None:
+    sets = ("--eval-interval", "1", "--eval-prompt-data", "held", str(tmp_path / "prompts.jsonl"))
+    args = make_args(*custom("answer"), *sets, "--custom-rm-path", f"{__name__}.score_as_dict")
+    with pytest.raises(ValueError, match=r"keys \['score'\]. Name the one to report with --eval-reward-key"):
+        evaluated(args)
+
+
+# --- what samples and rollouts share
+
+
+def test_samples_of_a_group_share_no_list(make_args: MakeArgs) -> None:
+    args = make_args(*custom("answer_in_place"))
+    group = [Sample(index=index, group_index=0, prompt="1+1=?") for index in range(3)]
+    samples = run(generate_and_rm_group(args, group, {}))
+    assert [len(sample.tokens) for sample in samples] == [7, 7, 7]
+
+
+def test_requests_in_flight_are_bounded_over_all_calls_with_the_same_settings(make_args: MakeArgs) -> None:
+    args = make_args(*custom("counted"), "--sglang-server-concurrency", "2")
+    in_flight.clear()
+
+    async def all_at_once() -> None:
+        await asyncio.gather(*(generate_and_rm(args, Sample(index=n, prompt="1"), {}) for n in range(8)))
+
+    run(all_at_once())
+    assert max(in_flight) == 2
+    assert in_flight[-1] == 0
+
+
+def test_garbage_is_collected_as_often_as_before_after_several_evaluation_sets(
+    make_args: MakeArgs, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "prompts.jsonl")
+    before = gc.get_threshold()
+    evaluated(make_args(*custom("answer"), "--eval-interval", "1", "--eval-prompt-data", "a", path, "b", path))
+    assert gc.get_threshold() == before
