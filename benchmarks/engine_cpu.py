@@ -112,7 +112,8 @@ def running_engine(folder: str, threads: int) -> Iterator[tuple[str, int]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "slime.engine.embedded.server", "--model-path", folder, "--port", str(port)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     process = subprocess.Popen([*command, "--log-level", "warning"], env=environment)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S

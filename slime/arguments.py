@@ -19,6 +19,7 @@ from slime.config.run import GROUPS, RunConfig
 from slime.config.validate import resolve, with_context
 
 ALL_GROUPS: tuple[type[Group], ...] = (*GROUPS, FSDPConfig)
+SECRETS = frozenset({"wandb_key", "sglang_api_key"})  # never written down or sent to a tracker
 PASS_THROUGH = {"--sglang-": "sglang_args", "--router-": "router_args"}
 
 # Engine flags that slime sets itself, with the setting to use instead.
@@ -195,5 +196,5 @@ def _check_router_args(tokens: list[str]) -> None:
 
 
 def settings_as_dict(args: Args) -> dict[str, Any]:
-    """All settings by name, as a config file would hold them."""
-    return dataclasses.asdict(args)
+    """All settings by name, as a config file would hold them, keys and passwords left out."""
+    return {name: value for name, value in dataclasses.asdict(args).items() if name not in SECRETS}

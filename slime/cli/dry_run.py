@@ -47,7 +47,7 @@ def print_plan(args: Args, findings: Findings) -> None:
 
 def plan(args: Args, findings: Findings) -> Iterator[Section]:
     """The sections of the plan, in order."""
-    model = _meta_model(args.hf_checkpoint, findings)
+    model = _meta_model(args.hf_checkpoint, findings, trust_remote_code=args.trust_remote_code)
     yield Section("slots", list(_slots(args)))
     yield Section("data", list(_data(args, findings)))
     yield Section("batches", list(_batches(args, findings)))
@@ -151,16 +151,16 @@ def _folders(args: Args) -> Iterator[tuple[str, str]]:
         yield "checkpoints", f"{interval}at the end, in {args.save}"
 
 
-def _meta_model(directory: str, findings: Findings) -> MetaModel:
+def _meta_model(directory: str, findings: Findings, *, trust_remote_code: bool) -> MetaModel:
     """The model of config.json on the meta device, its shapes compared with those of the weights on disk."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     factory: Any = AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = factory.from_config(config, trust_remote_code=True)
+        model = factory.from_config(config, trust_remote_code=trust_remote_code)
     for name, tensor in model.state_dict().items():
         found = findings.model.shapes.get(name, tuple(tensor.shape))
         if found != tuple(tensor.shape):

@@ -15,6 +15,7 @@ class RolloutConfig(Group):
     """Rollout: engines, sampling parameters and the functions that may be replaced."""
 
     hf_checkpoint: str = arg("", "Hugging Face directory: tokenizer, engine start, and the trainer's first weights.")
+    trust_remote_code: bool = arg(False, "Let Python code that comes with the checkpoint run.")
     rollout_engine: Literal["auto", "sglang", "embedded"] = arg(
         "auto", "What samples; auto is the embedded engine. sglang is not available in this version."
     )

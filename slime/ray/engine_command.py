@@ -51,6 +51,7 @@ def _embedded(args: Args, spec: EngineSpec) -> list[str]:
     if args.sglang_api_key is not None:
         settings["--api-key"] = args.sglang_api_key
     flags = [part for item in settings.items() for part in item]
+    flags += ["--trust-remote-code"] if args.trust_remote_code else []
     return command + flags + _known_to_embedded(args.sglang_args)
 
 

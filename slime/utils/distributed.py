@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 
 
-def init_process_group(
-    *, backend: str, rank: int, world_size: int, address: str, timeout_minutes: float
-) -> None:
+def init_process_group(*, backend: str, rank: int, world_size: int, address: str, timeout_minutes: float) -> None:
     """Join the world of trainers. address: `host:port` of rank 0. Raises a torch error naming the deadline."""
     dist.init_process_group(
         backend,

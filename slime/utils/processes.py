@@ -19,6 +19,9 @@ class Terminated(Exception):
     """SIGTERM came at a moment when there is nothing to save; not a failure."""
 
 
+MOST_OPEN_FILES = 65_536
+
+
 class OwnedProcess:
     """A command under `process_guard`, with standard output and error in a log file."""
 
@@ -78,7 +81,9 @@ def owned_directory(root: Path, *, prefix: str) -> Iterator[Path]:
 
 
 def raise_open_file_limit() -> int:
-    """Lift the soft limit on open files to the hard one: each request in flight holds a socket. Returns the limit."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
+    """Lift the soft limit on open files, as far as 65,536: each request in flight holds a socket. Returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    if wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted)

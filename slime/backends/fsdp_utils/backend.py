@@ -52,7 +52,7 @@ class FSDPBackend:
         rank, size = dist.get_rank(), dist.get_world_size()
         self.layout = ParallelLayout(rank=rank, world_size=size, data_rank=rank, data_size=size)
         self.models: dict[ModelTag, TokenModel] = {}
-        self.export_dtype = checkpoint_dtype(run.hf_checkpoint)
+        self.export_dtype = checkpoint_dtype(run.hf_checkpoint, trust_remote_code=run.trust_remote_code)
         self.num_steps = 0
         torch.use_deterministic_algorithms(fsdp.deterministic_mode)
 
@@ -90,7 +90,11 @@ class FSDPBackend:
         return self.run.hf_checkpoint
 
     def _build(self, directory: str, *, train: bool) -> TokenModel:
-        lm = load_causal_lm(directory, attn_implementation=self.fsdp.attn_implementation)
+        lm = load_causal_lm(
+            directory,
+            attn_implementation=self.fsdp.attn_implementation,
+            trust_remote_code=self.run.trust_remote_code,
+        )
         lm.eval()  # no dropout: the policy that is trained must be the one that was sampled
         model = TokenModel(lm, temperature=self.run.rollout_temperature, chunk_size=self.run.log_probs_chunk_size).to(
             self.device

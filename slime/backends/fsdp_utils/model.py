@@ -97,7 +97,7 @@ class Precision(NamedTuple):
         return cls(torch.bfloat16 if wants_bf16 else torch.float32)
 
 
-def load_causal_lm(directory: str, *, attn_implementation: str) -> PreTrainedModel:
+def load_causal_lm(directory: str, *, attn_implementation: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a Hugging Face directory in float32 on the CPU.
 
     Raises ValueError, naming the tensor, where weights are missing or do not fit the config.
@@ -109,7 +109,7 @@ def load_causal_lm(directory: str, *, attn_implementation: str) -> PreTrainedMod
             directory,
             dtype=torch.float32,
             attn_implementation=attn_implementation,
-            trust_remote_code=True,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -123,10 +123,10 @@ def load_causal_lm(directory: str, *, attn_implementation: str) -> PreTrainedMod
     return cast(PreTrainedModel, lm)
 
 
-def checkpoint_dtype(directory: str) -> torch.dtype:
+def checkpoint_dtype(directory: str, *, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype that a directory's config.json names, float32 where it names none."""
     with _errors_that_name(directory):
-        dtype = AutoConfig.from_pretrained(directory, trust_remote_code=True).dtype
+        dtype = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 

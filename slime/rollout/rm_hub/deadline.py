@@ -58,7 +58,7 @@ async def _run_in_thread(call: Callable[[], Any]) -> Any:
     def run() -> None:
         try:
             future.set_result(call())
-        except BaseException as error:  # noqa: BLE001 (raised again where the future is awaited)
+        except BaseException as error:
             future.set_exception(error)
 
     context = contextvars.copy_context()

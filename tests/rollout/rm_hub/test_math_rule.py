@@ -16,7 +16,7 @@ class MathArgs:
     rm_timeout_s: float = 60.0
 
 
-def score(response, label, args=MathArgs()):  # noqa: B008
+def score(response, label, args=MathArgs()):
     return asyncio.run(math_reward(args, Sample(response=response, label=label)))
 
 
