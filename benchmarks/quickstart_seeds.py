@@ -1,4 +1,4 @@
-"""The quickstart for three seeds: held-out accuracy before and after GRPO, wall time, and the learning curves as a picture.
+"""The quickstart for three seeds: held-out accuracy before and after GRPO, wall time, and the curves as a picture.
 
 python -m benchmarks.quickstart_seeds [--seeds 0 1 2] [--output runs/quickstart-seeds] [--picture FILE]
 """

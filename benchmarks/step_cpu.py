@@ -1,6 +1,6 @@
 """Seconds of one GRPO step: slime against TRL's `GRPOTrainer`, on the CPU, in turn, each in processes of its own.
 
-Same model (random Qwen3, 4 layers of 256), same 16 prompts a step, 8 responses of 64 tokens each, same rule reward, same
+Same model (random Qwen3, 4 layers of 256), same 16 prompts a step, 8 responses of 64 tokens each, same reward, same
 AdamW step on all 128, float32, same number of threads. Nobody can end a response early: the model cannot sample the
 end-of-text token. Counted from the end of one step to the end of the next:
 

@@ -102,7 +102,7 @@ class TrainBackend(Protocol):
     def train_step(self, batches: list[PackedBatch], loss: LossFn, *, entropy: bool) -> StepMetrics:
         """One optimizer step over all micro-batches. entropy: whether the loss wants it.
 
-        A backend that splits sequences among ranks hands the loss this rank's tokens: outputs and every [T] field of the
+        A backend that splits sequences among ranks hands the loss this rank's tokens, outputs and [T] fields of the
         micro-batch alike, and completes `sequence_sum` with the other ranks' share.
         """
         ...

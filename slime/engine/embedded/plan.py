@@ -114,7 +114,7 @@ class _ToDevice:
 
 
 def round_up_length(length: int) -> int:
-    """The next multiple of an eighth of the power of two below: lengths are padded to few sizes, by an eighth at most."""
+    """The next multiple of an eighth of the power of two below: few sizes, padded by an eighth at most."""
     granule = max(1, (1 << (length.bit_length() - 1)) // 8)
     return -(-length // granule) * granule
 

@@ -235,7 +235,8 @@ def test_a_run_stops_after_the_skipped_steps_it_allows(model: Path, tmp_path: Pa
     backend.load()
     recipe = make_recipe(backend, args, tmp_path)
     samples = random_samples()
-    batch = batch_from_samples(samples, [float("nan")] + [1.0] * 7)
+    batch = batch_from_samples(samples, [1.0] * 8)
+    batch.rewards[0] = float("nan")
     weights = full_weights(backend)
     assert recipe.train(0, batch)["train/skipped_steps"] == 1
     with pytest.raises(TrainingDiverged, match=r"2 optimizer steps .* \(--max-skipped-steps 1\)"):
