@@ -1,6 +1,6 @@
 """The embedded engine over HTTP against `model.generate` on one padded batch: same model, prompts, threads, run.
 
-    python benchmarks/engine_cpu.py [--threads 1] [--hidden 256] [--requests 128] [--new-tokens 64]
+    python benchmarks/engine_cpu.py [--threads 1] [--hidden 128] [--requests 128] [--new-tokens 64]
 
 Prints one table: tokens/s, time to the first token, and peak memory of the process that holds the model. Both sides
 sample at temperature 1 and return what a rollout needs: tokens, and for the engine their log-probabilities as well.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import multiprocessing
 import os
 import random
@@ -55,12 +56,12 @@ def main() -> None:
     """Runs both sides and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--shortest", type=int, default=8)
-    parser.add_argument("--longest", type=int, default=256)
+    parser.add_argument("--longest", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -81,9 +82,10 @@ def make_model(folder: str, hidden: int, layers: int) -> None:
 
 
 def make_prompts(count: int, shortest: int, longest: int) -> list[list[int]]:
-    """Random prompts whose lengths are uniform between the two, the longest among them."""
+    """Random prompts, the logarithm of their length uniform: many short ones, a few long ones, the longest always."""
     generator = random.Random(0)
-    lengths = [longest] + [generator.randint(shortest, longest) for _ in range(count - 1)]
+    spread = math.log(longest / shortest)
+    lengths = [longest] + [round(shortest * math.exp(generator.random() * spread)) for _ in range(count - 1)]
     return [[generator.randrange(4, 320) for _ in range(length)] for length in lengths]
 
 

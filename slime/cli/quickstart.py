@@ -189,6 +189,8 @@ def print_summary(result: Result) -> None:
     from rich.table import Table
 
     table = Table(title="slime quickstart", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("held-out accuracy after the warm start", f"{result.before:.3f}")
     table.add_row("held-out accuracy after GRPO", f"{result.after:.3f}")
     answer = ask(result.model, "57+68=")

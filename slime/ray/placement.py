@@ -64,6 +64,8 @@ def start_ray(cluster: ClusterConfig) -> bool:
         return False
     # Killed with this process, Ray's head is looked for by Ray's agents: for a minute by default, before they end.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+    # Workers run at the priority of whoever started them; Ray would put them behind everything else on the machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         address="local",  # also where another cluster runs in this machine
         num_cpus=num_slots(cluster) + 1,

@@ -9,6 +9,9 @@ from helpers.tiny_models import make_tiny_model
 
 from slime.engine.embedded.args import ServerArgs
 from slime.engine.embedded.model_runner import ModelRunner
+from slime.engine.embedded.server import make_matrix_products_reproducible
+
+make_matrix_products_reproducible()
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,10 @@
 Legend: T tokens of a pass, Hq query and H key-value heads, G = Hq / H, D head dimension; S, Q, K: a block's sequences,
 queries, keys.
 
-Exactness. In float32 on a CPU a token's result must not depend, to the bit, on its neighbours. Matrix products sum in
-an order that depends on the shape only below 4 rows and beyond 192 summands (measured on MKL, one and two threads), so
-a product here has at least MIN_ROWS rows, and probabilities times values is summed over KEY_CHUNK tokens at a time.
-Padded keys get weight 0, which adds exactly.
+Exactness. In float32 on a CPU a token's result must not depend, to the bit, on its neighbours. Matrix products sum
+in an order that depends on the shape only below 4 rows and beyond 192 summands (MKL in its strict mode, which the
+server chooses), so a product here has at least MIN_ROWS rows, and probabilities times values is summed over KEY_CHUNK
+tokens at a time. Padded keys get weight 0, which adds exactly.
 """
 
 from __future__ import annotations

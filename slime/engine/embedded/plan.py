@@ -15,8 +15,8 @@ from torch import Tensor
 
 from slime.engine.embedded.kv_cache import DUMMY_PAGE, PAGE_SIZE
 
-MAX_SCORES = 1 << 24
-"""Attention scores of one block at most (64 MiB in float32)."""
+MAX_SCORES = 1 << 22
+"""Attention scores of one block at most: 16 MiB in float32, about what a CPU keeps in its cache."""
 
 BLOCK_OVERHEAD = 40
 """What one more block costs in a forward pass, in pages read (measured with a tiny model)."""
