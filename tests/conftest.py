@@ -1,6 +1,9 @@
 """Shared by all tests: property tests that are the same in every run and have no deadline of their own."""
 
+import os
+
 from hypothesis import settings
 
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # they would bury what a failing test printed; before transformers
 settings.register_profile("slime", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("slime")

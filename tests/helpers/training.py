@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,12 +39,13 @@ def run_ranks(body: Callable[..., None], num_ranks: int, *args: Any, store: Path
 
 
 def _rank(rank: int, num_ranks: int, store: str, body: Callable[..., None], args: tuple[Any, ...]) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
-    try:
-        body(*args)
-    finally:
-        dist.destroy_process_group()
+    body(*args)
+    dist.barrier()
+    sys.stderr.flush()
+    os._exit(0)  # without closing gloo's sockets: two ends that close at once can abort a process
 
 
 def settings_for(model: str | Path, **overrides: Any) -> Args:
