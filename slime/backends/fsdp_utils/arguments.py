@@ -15,6 +15,9 @@ class FSDPConfig(Group):
         "packed",
         "Attention: packed (variable-length, exact), or a name that transformers knows, such as flash_attention_2.",
     )
+    share_prompts: bool = arg(
+        True, "Compute a prompt once for the samples of a micro-batch that share it (with packed attention)."
+    )
     gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass.")
     bf16: bool | None = arg(None, "Compute in bfloat16, weights in float32 (default: on GPUs).")
     deterministic_mode: bool = arg(False, "Deterministic kernels only.")

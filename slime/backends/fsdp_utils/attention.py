@@ -1,13 +1,13 @@
 """Attention over packed sequences, exact: no token sees another sequence. Registered with transformers as "packed".
 
-Shapes: N tokens of S sequences laid end to end, H query heads, K key-value heads, D head width.
+Shapes: N tokens of S sequences laid end to end, U of them computed; H query heads, K key-value heads, D head width.
 On a GPU this is torch's variable-length kernel, which takes half precision only. Elsewhere sequences of similar length
 are padded on the right and run as one causal batch: under a causal mask what stands to the right cannot reach a token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from slime.backends.fsdp_utils.prompt_sharing import Sharing
+
 NAME = "packed"
 _SHORTEST_IN_BUCKET = 0.7  # of the longest: at most 30% of a padded batch is padding
 
@@ -25,7 +27,7 @@ _SHORTEST_IN_BUCKET = 0.7  # of the longest: at most 30% of a padded batch is pa
 class Bucket:
     """Sequences of similar length as one right-padded batch."""
 
-    gather: Tensor  # int64 [B, L]: packed position of each place; padding repeats the sequence's last token
+    gather: Tensor  # int64 [B, L] in [0, U): the token at each place; padding repeats the sequence's last one
     packed: Tensor  # int64 [n]: the packed positions that this bucket holds, each once
     padded: Tensor  # int64 [n]: where they stand in the flattened batch
 
@@ -40,6 +42,7 @@ class Packing:
 
     sequence_lengths: list[int]
     device: torch.device
+    sharing: Sharing | None = None
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -50,12 +53,16 @@ class Packing:
     @cached_property
     def buckets(self) -> list[Bucket]:
         """The sequences, longest first, in padded batches."""
-        return [bucket.to(self.device) for bucket in _buckets(torch.tensor(self.sequence_lengths))]
+        buckets = [bucket.to(self.device) for bucket in _buckets(torch.tensor(self.sequence_lengths))]
+        if self.sharing is None:
+            return buckets
+        return [replace(bucket, gather=self.sharing.place[bucket.gather]) for bucket in buckets]
 
     @cached_property
     def inverse(self) -> Tensor:
-        """int64 [N]: place of each packed position in the concatenated buckets."""
-        return torch.cat([bucket.packed for bucket in self.buckets]).argsort()
+        """int64 [U]: place of each computed token in the concatenated buckets."""
+        inverse = torch.cat([bucket.packed for bucket in self.buckets]).argsort()
+        return inverse if self.sharing is None else inverse[self.sharing.first]
 
 
 def _buckets(lengths: Tensor) -> list[Bucket]:
@@ -88,7 +95,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence, as transformers calls it.
 
-    query: [1, H, N, D]; key, value: [1, K, N, D]. Returns [1, N, H, D].
+    query: [1, H, U, D]; key, value: [1, K, U, D]. Returns [1, U, H, D].
     """
     if packing is None:
         raise ValueError(
@@ -106,11 +113,14 @@ def packed_attention(
 def _bucketed(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [N, heads, D]
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [U, heads, D]
     outputs = []
     for bucket in packing.buckets:
         batch, length = bucket.gather.shape
-        q, k, v = (row[bucket.gather.flatten()].view(batch, length, *row.shape[1:]).transpose(1, 2) for row in rows)
+        q, k, v = (
+            row.index_select(0, bucket.gather.flatten()).view(batch, length, *row.shape[1:]).transpose(1, 2)
+            for row in rows
+        )
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -120,8 +130,8 @@ def _bucketed(
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        outputs.append(out.transpose(1, 2).flatten(0, 1)[bucket.padded])
-    return torch.cat(outputs)[packing.inverse][None]
+        outputs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.padded))
+    return torch.cat(outputs).index_select(0, packing.inverse)[None]
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
@@ -136,14 +146,17 @@ def _varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [N, heads, D]
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [U, heads, D]
+    sharing = packing.sharing
+    if sharing is not None:
+        q, k, v = (tensor.index_select(0, sharing.place) for tensor in (q, k, v))  # [N, heads, D]
     if q.shape[1] != k.shape[1]:  # torch 2.11 takes no grouped heads
         k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
     longest = max(packing.sequence_lengths)
     cu_seqlens = packing.cu_seqlens
     left = -1 if window is None else window - 1
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0))
-    return cast(Tensor, out)[None]
+    return cast(Tensor, out if sharing is None else out[sharing.first])[None]
 
 
 def register_packed_attention() -> None:

@@ -96,9 +96,12 @@ class FSDPBackend:
             trust_remote_code=self.run.trust_remote_code,
         )
         lm.eval()  # no dropout: the policy that is trained must be the one that was sampled
-        model = TokenModel(lm, temperature=self.run.rollout_temperature, chunk_size=self.run.log_probs_chunk_size).to(
-            self.device
-        )
+        model = TokenModel(
+            lm,
+            temperature=self.run.rollout_temperature,
+            chunk_size=self.run.log_probs_chunk_size,
+            share_prompts=self.fsdp.share_prompts,
+        ).to(self.device)
         if train and self.fsdp.gradient_checkpointing:
             enable_gradient_checkpointing(lm)
         model.requires_grad_(train)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from slime.backends.fsdp_utils import attention
+from slime.backends.fsdp_utils.prompt_sharing import shared_prompts
 from slime.data.packed import PackedBatch
 from slime.training.backend import TokenOutputs
 
@@ -26,17 +27,21 @@ from slime.training.backend import TokenOutputs
 class TokenModel(nn.Module):
     """Log-probs and entropy of the response tokens of a packed batch; logits exist for one chunk at a time."""
 
-    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_size: int) -> None:
-        """temperature: logits are divided by it. chunk_size: tokens whose logits are held at once."""
+    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_size: int, share_prompts: bool = True) -> None:
+        """temperature: logits are divided by it. chunk_size: tokens whose logits are held at once.
+
+        share_prompts: compute equal prompts of a pack once, where attention is ours.
+        """
         super().__init__()
         self.lm = lm
         self.temperature = temperature
         self.chunk_size = chunk_size
+        self.share_prompts = share_prompts and lm.config._attn_implementation == attention.NAME
         self.softcap: float | None = _logit_softcap(lm)
 
     def forward(self, batch: PackedBatch, entropy: bool) -> TokenOutputs:
         """Outputs [T] for `batch`, which lies on the model's device."""
-        hidden_T = self._hidden(batch)[batch.target_index - 1]
+        hidden_T = self._hidden(batch)
         chunks = [
             self._chunk(hidden_C, targets_C, entropy)
             for hidden_C, targets_C in zip(
@@ -47,16 +52,20 @@ class TokenModel(nn.Module):
         return TokenOutputs(log_probs, torch.cat([chunk[1] for chunk in chunks]) if entropy else None)
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
-        """[N, E]"""
-        decoder = self.lm.get_decoder()
-        output = decoder(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
+        """[T, E] what predicts each response token."""
+        sharing = shared_prompts(batch) if self.share_prompts else None
+        input_ids, position_ids, source_T = batch.input_ids, batch.position_ids, batch.target_index - 1
+        if sharing is not None:
+            input_ids, position_ids = input_ids[sharing.first], position_ids[sharing.first]
+            source_T = sharing.place[source_T]
+        output = self.lm.get_decoder()(
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
             attention_mask=None,
             use_cache=False,  # with a cache transformers would take the pack for one sequence
-            packing=attention.Packing(batch.sequence_lengths, batch.input_ids.device),
+            packing=attention.Packing(batch.sequence_lengths, batch.input_ids.device, sharing),
         )
-        return output.last_hidden_state[0]
+        return cast(Tensor, output.last_hidden_state)[0].index_select(0, source_T)
 
     def _chunk(self, hidden_C: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
         """Log-probs [C] and entropy [C] (empty unless wanted); logits are computed again in the backward."""
