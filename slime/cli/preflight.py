@@ -128,9 +128,9 @@ def _check_length(args: Args, sample: Sample, location: str, purpose: Purpose) -
     text = sample.prompt if isinstance(sample.prompt, str) else "".join(str(m.get("content")) for m in sample.prompt)
     if len(text.encode()) < purpose.context:
         return
-    from slime.utils.processing_utils import load_tokenizer
+    from slime.rollout.tokenizer import tokenizer_of
 
-    num_tokens = len(load_tokenizer(args.hf_checkpoint)(text, add_special_tokens=False)["input_ids"])
+    num_tokens = len(tokenizer_of(args)(text, add_special_tokens=False)["input_ids"])
     if num_tokens >= purpose.context:
         flag = "--eval-max-prompt-len" if purpose.flags == "--eval-" else "--rollout-max-prompt-len"
         raise ConfigError(

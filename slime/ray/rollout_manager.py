@@ -18,10 +18,10 @@ from slime.observability.trajectories import write_samples
 from slime.ray.actors import CONTROL, LIFETIME
 from slime.ray.watchdog import thread_stacks, wait_for_the_end
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, call_rollout_fn
+from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.logging import configure_logging
 from slime.utils.misc import load_function
 from slime.utils.processes import raise_open_file_limit
-from slime.utils.processing_utils import load_tokenizer
 from slime.utils.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class RolloutManager:
         for path in (args.custom_generate_function_path, args.custom_rm_path, args.custom_reward_post_process_path):
             if path is not None:
                 load_function(path)
-        self.tokenizer = load_tokenizer(args.hf_checkpoint)
+        self.tokenizer = tokenizer_of(args)
         self.data_source = load_function(args.data_source_path)(args)
         return len(self.data_source)
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from slime.data.dataset import Dataset
 from slime.rollout.state_file import read_state, write_state
+from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.misc import load_function
-from slime.utils.processing_utils import load_tokenizer
 from slime.utils.types import PrefixCacheInfo, Sample, SpecInfo
 
 logger = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ def _load_dataset(args: Any) -> Dataset:
     needs_tokenizer = args.apply_chat_template or args.rollout_max_prompt_len is not None
     return Dataset(
         args.prompt_data,
-        load_tokenizer(args.hf_checkpoint) if needs_tokenizer else None,
+        tokenizer_of(args) if needs_tokenizer else None,
         max_prompt_len=args.rollout_max_prompt_len,
         input_key=args.input_key,
         label_key=args.label_key,

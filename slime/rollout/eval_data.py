@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime.data.dataset import Dataset
-from slime.utils.processing_utils import load_tokenizer
+from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.types import Sample
 
 # Evaluation samples are numbered from here, so that their seeds are not those of training samples.
@@ -59,7 +59,7 @@ def _dataset(args: Any, path: str) -> Dataset:
     needs_tokenizer = args.apply_chat_template or args.eval_max_prompt_len is not None
     return Dataset(
         path,
-        load_tokenizer(args.hf_checkpoint) if needs_tokenizer else None,
+        tokenizer_of(args) if needs_tokenizer else None,
         max_prompt_len=args.eval_max_prompt_len,
         input_key=args.eval_input_key,
         label_key=args.eval_label_key,

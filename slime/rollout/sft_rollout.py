@@ -12,14 +12,12 @@ A conversation of more than --rollout-max-context-len tokens is cut at its end, 
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
 from typing import Any
 
 from slime.rollout.base_types import RolloutFnTrainOutput
 from slime.rollout.data_source import DataSource
+from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.mask_utils import MultiTurnLossMaskGenerator
-from slime.utils.processing_utils import load_tokenizer
 from slime.utils.types import Sample, SampleStatus
 
 
@@ -33,7 +31,7 @@ def generate_rollout(
     """
     if evaluation:
         raise ValueError("slime.rollout.sft_rollout has no evaluation. Give an --eval-function-path that samples.")
-    generator = _mask_generator(args.hf_checkpoint, args.loss_mask_type, json.dumps(args.apply_chat_template_kwargs))
+    generator = MultiTurnLossMaskGenerator(tokenizer_of(args), args.loss_mask_type, args.apply_chat_template_kwargs)
     groups = data_source.get_samples(args.rollout_batch_size)
     samples = [sample for group in groups for sample in group]
     for sample in samples:
@@ -46,11 +44,6 @@ def generate_rollout(
         "rollout/sft_trained_tokens": sum(sample.effective_response_length for sample in samples),
     }
     return RolloutFnTrainOutput(groups, metrics)
-
-
-@lru_cache(maxsize=4)
-def _mask_generator(hf_checkpoint: str, loss_mask_type: str, template_kwargs: str) -> MultiTurnLossMaskGenerator:
-    return MultiTurnLossMaskGenerator(load_tokenizer(hf_checkpoint), loss_mask_type, json.loads(template_kwargs))
 
 
 def _fill(sample: Sample, generator: MultiTurnLossMaskGenerator, max_context_len: int | None) -> None:

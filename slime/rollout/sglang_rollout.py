@@ -21,10 +21,10 @@ from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
 from slime.rollout.data_source import DataSource
 from slime.rollout.eval_data import EvalSet, eval_groups, eval_sets
 from slime.rollout.rm_hub import RewardError, async_rm, batched_async_rm
+from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.async_utils import run
 from slime.utils.http_utils import HTTPError, post
 from slime.utils.misc import load_function, rare_garbage_collection
-from slime.utils.processing_utils import load_tokenizer
 from slime.utils.types import Sample, SampleStatus
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class GenerateState:
 
     def __init__(self, args: Any) -> None:
         self.args = args
-        self.tokenizer = _tokenizer(args.hf_checkpoint)
+        self.tokenizer = tokenizer_of(args)
         self.sampling_params: SamplingParams = {
             "temperature": args.rollout_temperature,
             "top_p": args.rollout_top_p,
@@ -73,11 +73,6 @@ def _semaphore(args: Any, loop: asyncio.AbstractEventLoop) -> anyio.Semaphore:
     return anyio.Semaphore(args.sglang_server_concurrency * num_engines, fast_acquire=True)
 
 
-@functools.lru_cache(maxsize=4)
-def _tokenizer(path: str) -> Any:
-    return load_tokenizer(path)
-
-
 def get_model_url(args: Any, model_name: str = "actor", endpoint: str = "/generate") -> str:
     """The router's address for `endpoint`."""
     return f"http://{args.sglang_router_ip}:{args.sglang_router_port}{endpoint}"
@@ -96,7 +91,7 @@ async def generate(args: Any, sample: Sample, sampling_params: SamplingParams, *
     context is TRUNCATED, a prompt that leaves no room for one FAILED. Raises HTTPError.
     """
     if not sample.tokens:
-        sample.tokens = encode_prompt(_tokenizer(args.hf_checkpoint), sample)
+        sample.tokens = encode_prompt(tokenizer_of(args), sample)
     context = args.eval_max_context_len if evaluation else args.rollout_max_context_len
     params = dict(sampling_params, max_new_tokens=_token_budget(sample, sampling_params["max_new_tokens"], context))
     if params["max_new_tokens"] <= 0:

@@ -19,6 +19,7 @@ NUM_PROMPTS = 5
 class SourceArgs:
     prompt_data: str | None = None
     hf_checkpoint: str | None = None
+    trust_remote_code: bool = False
     rollout_max_prompt_len: int | None = None
     input_key: str = "input"
     label_key: str | None = None
