@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from slime.algorithms.ppo import MAX_LOG_RATIO
+
 KLType = Literal["k1", "k2", "k3", "low_var_kl"]
 
 
@@ -25,3 +27,13 @@ def kl_estimate(log_probs_T: Tensor, ref_log_probs_T: Tensor, kind: KLType) -> T
         return d**2 / 2
     k3 = torch.expm1(-d) + d
     return k3 if kind == "k3" else k3.clamp(max=10)
+
+
+def unbiased_kl(kl_T: Tensor, log_probs_T: Tensor, *, old_log_probs_T: Tensor) -> Tensor:
+    """kl_T times exp(log_probs - old_log_probs), all [T] (DeepSeek-V3.2, arXiv:2512.02556, section 3.1).
+
+    Tokens are the old policy's; the weight makes k1 and k3 estimates of the current policy's KL. It keeps its gradient,
+    so the gradient is that KL's too. Of the plain estimates only k2 has it, and only while the policy has not moved.
+    """
+    log_ratio_T = (log_probs_T - old_log_probs_T).clamp(max=MAX_LOG_RATIO)
+    return torch.exp(log_ratio_T) * kl_T
