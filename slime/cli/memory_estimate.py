@@ -41,8 +41,9 @@ class TrainingLoad:
     micro_batch_tokens: int
     logit_chunk_tokens: int
     compute_bytes: int
-    has_reference: bool
+    num_frozen: int  # copies of the weights beside the actor's: reference, teacher, old actor
     recomputes: bool
+    num_critic_ranks: int = 0  # that share the actor's slots
 
 
 def trainer_memory(model: ModelSize, load: TrainingLoad) -> dict[str, int]:
@@ -56,7 +57,8 @@ def trainer_memory(model: ModelSize, load: TrainingLoad) -> dict[str, int]:
     values_per_layer = 1 if load.recomputes else 17
     return {
         "weights, gradients, Adam": shard * _MASTER_BYTES,
-        "reference model": shard * _FP32 if load.has_reference else 0,
+        "critic": model.num_parameters // load.num_critic_ranks * _MASTER_BYTES if load.num_critic_ranks else 0,
+        "frozen models": shard * _FP32 * load.num_frozen,
         "one layer, gathered": model.num_parameters // max(1, model.num_layers) * load.compute_bytes,
         "activations": tokens_by_width * (model.num_layers * values_per_layer + 17),
         "logits": 2 * min(load.logit_chunk_tokens, load.micro_batch_tokens) * model.vocabulary * _FP32,

@@ -31,6 +31,11 @@ PLUGINS = (
     "custom_generate_function_path",
     "custom_rm_path",
     "custom_reward_post_process_path",
+    "custom_convert_samples_to_train_data_path",
+    "custom_loss_function_path",
+    "custom_advantage_function_path",
+    "custom_pg_loss_reducer_function_path",
+    "custom_tis_function_path",
 )
 ROUTER_DEADLINE_S = 5.0
 
@@ -59,6 +64,8 @@ def preflight(args: Args) -> Findings:
 
 
 def _check_plugins(args: Args) -> None:
+    from slime.training.estimators import estimator_of
+
     for name in PLUGINS:
         path = getattr(args, name)
         if path is None:
@@ -69,6 +76,10 @@ def _check_plugins(args: Args) -> None:
             raise ConfigError(f"{flag_of(name)}: {error}") from error
         if not callable(plugin):
             raise ConfigError(f"{flag_of(name)}: {path} must be a function or a class, got {plugin!r:.40}.")
+    try:
+        estimator_of(args)
+    except ValueError as error:
+        raise ConfigError(f"--advantage-estimator: {error}") from error
 
 
 # --- data

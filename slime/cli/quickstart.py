@@ -101,10 +101,10 @@ def run(directory: Path, seed: int) -> Result:
     files = write_task(directory / "data", seed)
     model = make_tiny_model(directory / "model", seed)
     print(f"warm start on {_count(files.sft)} demonstrations of a careless teacher")
-    sft = _write_settings(directory / "sft.yaml", _sft_settings(directory, files, model, seed))
+    sft = _write_settings(directory / "sft.yaml", sft_settings(directory, files, model, seed))
     train(parse_args(["--config", str(sft)]))
     print(f"GRPO on {_count(files.train)} prompts; {_count(files.eval)} are held out")
-    grpo = _write_settings(directory / "grpo.yaml", _grpo_settings(directory, files, seed))
+    grpo = _write_settings(directory / "grpo.yaml", grpo_settings(directory, files, seed))
     run_dir = train(parse_args(["--config", str(grpo)]))
     report = write_report(run_dir)
     before, after = _held_out(run_dir)
@@ -121,7 +121,8 @@ def _prepare(directory: Path) -> None:
     marker.touch()
 
 
-def _sft_settings(directory: Path, files: TaskFiles, model: Path, seed: int) -> dict[str, Any]:
+def sft_settings(directory: Path, files: TaskFiles, model: Path, seed: int) -> dict[str, Any]:
+    """Settings of the warm start; everything lies in `directory`."""
     return {
         **SHARED_SETTINGS,
         **SFT_SETTINGS,
@@ -134,7 +135,8 @@ def _sft_settings(directory: Path, files: TaskFiles, model: Path, seed: int) -> 
     }
 
 
-def _grpo_settings(directory: Path, files: TaskFiles, seed: int) -> dict[str, Any]:
+def grpo_settings(directory: Path, files: TaskFiles, seed: int) -> dict[str, Any]:
+    """Settings of the run that starts from what the warm start left in `directory`."""
     return {
         **SHARED_SETTINGS,
         **GRPO_SETTINGS,

@@ -18,6 +18,8 @@ class ClusterConfig(Group):
     )
     actor_num_nodes: int = arg(1, "Nodes that train the actor.")
     actor_num_gpus_per_node: int = arg(8, "Slots on each of these nodes: one trainer rank a slot.")
+    critic_num_nodes: int | None = arg(None, "Nodes that train the critic (default: it shares the actor's slots).")
+    critic_num_gpus_per_node: int | None = arg(None, "Slots on each of these nodes (default: as many as the actor's).")
     rollout_num_gpus: int | None = arg(None, "Slots for inference in all. With --colocate: the trainers' slots.")
     rollout_num_gpus_per_engine: int = arg(1, "Slots of one engine (its tensor-parallel size, over nodes if need be).")
     num_gpus_per_node: int | None = arg(None, "Slots of a node; no node is asked for more (default: what Ray finds).")
@@ -44,6 +46,7 @@ class ClusterConfig(Group):
 
     def __post_init__(self) -> None:
         check_positive(self, "actor_num_nodes", "actor_num_gpus_per_node")
+        check_positive(self, "critic_num_nodes", "critic_num_gpus_per_node")
         check_not_negative(self, "rollout_num_gpus")
         check_positive(self, "rollout_num_gpus_per_engine", "num_gpus_per_node", "num_threads")
         check_positive(self, "distributed_timeout_minutes", "cluster_timeout_s", "engine_start_timeout_s")
@@ -53,5 +56,17 @@ class ClusterConfig(Group):
 
     @property
     def num_trainers(self) -> int:
-        """Trainer ranks in all."""
+        """Ranks of the actor in all."""
         return self.actor_num_nodes * self.actor_num_gpus_per_node
+
+    @property
+    def num_critics(self) -> int:
+        """Ranks of the critic in all, where there is one."""
+        nodes = self.actor_num_nodes if self.critic_num_nodes is None else self.critic_num_nodes
+        per_node = self.critic_num_gpus_per_node
+        return nodes * (self.actor_num_gpus_per_node if per_node is None else per_node)
+
+    @property
+    def has_critic_slots(self) -> bool:
+        """Whether the critic has slots of its own; else it takes turns with the actor on the actor's."""
+        return self.critic_num_nodes is not None or self.critic_num_gpus_per_node is not None

@@ -45,8 +45,12 @@ class TrainBatch:
     response_lengths: Array = _per_sample()  # int32 [S]
     loss_mask: Array = _per_response_token()  # float32: 1 where a token is trained on
     rollout_log_probs: Array | None = _per_response_token(default=None)  # float32, as the engine reported them
+    teacher_log_probs: Array | None = _per_response_token(default=None)  # float32, as a teacher's engine reported them
+    values: Array | None = _per_response_token(default=None)  # float32, the critic's
+    kl: Array | None = _per_response_token(default=None)  # float32, KL(policy || reference), for the critic
     rewards: Array = _per_sample()  # float32 [S]
     group_ids: Array = _per_sample()  # int64 [S], the samples of one prompt share one
+    rollout_ids: Array = _per_sample()  # int64 [S], siblings that one generate call fanned out share one
     sample_indices: Array = _per_sample()  # int64 [S], `Sample.index`
     rewards_are_final: bool = False  # a plug-in normalised them: training takes them as advantages
 
@@ -83,7 +87,7 @@ def batch_from_samples(
     """Lay samples end to end. Raises ValueError, naming the sample, where its lengths contradict each other or its
     reward is not finite.
 
-    rewards: one number a sample. Engine log-probs are kept where every sample has them.
+    rewards: one number a sample. Log-probs of engine and teacher are kept where every sample has them.
     """
     if not samples:
         raise ValueError("the rollout returned no samples to train on")
@@ -97,15 +101,16 @@ def batch_from_samples(
                 f"{sample.response_length} response; training needs at least one of prompt and one of response"
             )
     rewards_S = _finite_rewards(samples, rewards, are_final=rewards_are_final)
-    has_log_probs = all(sample.rollout_log_probs is not None for sample in samples)
     return TrainBatch(
         tokens=_flat((sample.tokens for sample in samples), np.int32),
         total_lengths=np.array([len(sample.tokens) for sample in samples], dtype=np.int32),
         response_lengths=np.array([sample.response_length for sample in samples], dtype=np.int32),
         loss_mask=_flat((_mask(sample) for sample in samples), np.float32),
-        rollout_log_probs=_flat((s.rollout_log_probs or [] for s in samples), np.float32) if has_log_probs else None,
+        rollout_log_probs=_where_all([sample.rollout_log_probs for sample in samples]),
+        teacher_log_probs=_where_all([sample.teacher_log_probs for sample in samples]),
         rewards=rewards_S,
         group_ids=np.array([_group_id(sample) for sample in samples], dtype=np.int64),
+        rollout_ids=_rollout_ids(samples),
         sample_indices=np.array([-1 if s.index is None else s.index for s in samples], dtype=np.int64),
         rewards_are_final=rewards_are_final,
     )
@@ -121,6 +126,19 @@ def _finite_rewards(samples: Sequence[Sample], rewards: Sequence[float], *, are_
         source = "--custom-reward-post-process-path returned" if are_final else "its reward function or generation set"
         raise ValueError(f"sample {sample.index}: the reward that {source} is {reward}; it must be finite in float32")
     return rewards_S
+
+
+def _where_all(values: list[list[float] | None]) -> Array | None:
+    """One value a response token, where every sample has them."""
+    given = [entry for entry in values if entry is not None]
+    return _flat(given, np.float32) if len(given) == len(values) else None
+
+
+def _rollout_ids(samples: Sequence[Sample]) -> Array:
+    """[S] where a sample names none, one of its own."""
+    own = [-1 - (place if sample.index is None else sample.index) for place, sample in enumerate(samples)]
+    ids = [mine if sample.rollout_id is None else sample.rollout_id for mine, sample in zip(own, samples, strict=True)]
+    return np.array(ids, dtype=np.int64)
 
 
 def _mask(sample: Sample) -> list[int]:

@@ -39,7 +39,13 @@ class PackedBatch:
     rollout_log_probs: Tensor | None = None  # float32 [T]
     old_log_probs: Tensor | None = None  # float32 [T]
     ref_log_probs: Tensor | None = None  # float32 [T]
+    teacher_log_probs: Tensor | None = None  # float32 [T]
+    values: Tensor | None = None  # float32 [T], the critic's before the update
     advantages: Tensor | None = None  # float32 [T]
+    returns: Tensor | None = None  # float32 [T], what the critic should have said
+    kl: Tensor | None = None  # float32 [T], estimate of KL(policy || reference)
+    step_total: float = 1.0  # rollouts of the whole step (or tokens): what a sum over them is divided by for its mean
+    weight_total: float = 1.0  # of `loss_weights` in the whole step
 
     @property
     def num_sequences(self) -> int:
@@ -61,13 +67,18 @@ class PackedBatch:
         return replace(self, **moved)
 
 
+# Fields of a TrainBatch with one value a response token, under the same names here.
+_RESPONSE_FIELDS = ("rollout_log_probs", "teacher_log_probs", "values", "kl")
+
+
 def pack_rows(batch: TrainBatch, rows: Sequence[int], loss_weights: np.ndarray) -> PackedBatch:
     """The samples `rows` of `batch` as one micro-batch; no rows give a placeholder of no weight.
 
     loss_weights: float32, one value a response token of the whole `batch`, in its order.
     """
+    given = [name for name in _RESPONSE_FIELDS if getattr(batch, name) is not None]
     if not rows:
-        return _placeholder(has_log_probs=batch.rollout_log_probs is not None)
+        return _placeholder(given)
     rows = list(rows)
     part = batch.select(rows)
     lengths, response_lengths = part.total_lengths, part.response_lengths
@@ -84,8 +95,12 @@ def pack_rows(batch: TrainBatch, rows: Sequence[int], loss_weights: np.ndarray) 
         loss_weights=torch.from_numpy(response_values(batch, rows, loss_weights)),
         loss_mask=torch.from_numpy(part.loss_mask.copy()),
         rows=rows,
-        rollout_log_probs=None if part.rollout_log_probs is None else torch.from_numpy(part.rollout_log_probs.copy()),
+        **_tensors(part, given),
     )
+
+
+def _tensors(batch: TrainBatch, fields: list[str]) -> dict[str, Any]:
+    return {name: torch.from_numpy(getattr(batch, name).copy()) for name in fields}
 
 
 def response_values(batch: TrainBatch, rows: Sequence[int], values: np.ndarray) -> np.ndarray:
@@ -94,7 +109,8 @@ def response_values(batch: TrainBatch, rows: Sequence[int], values: np.ndarray) 
     return np.concatenate([values[ends[row] - batch.response_lengths[row] : ends[row]] for row in rows])
 
 
-def _placeholder(*, has_log_probs: bool) -> PackedBatch:
+def _placeholder(fields: list[str]) -> PackedBatch:
+    nothing: dict[str, Any] = {name: torch.zeros(1) for name in fields}
     return PackedBatch(
         input_ids=torch.zeros(_PLACEHOLDER_LENGTH, dtype=torch.int64),
         position_ids=torch.arange(_PLACEHOLDER_LENGTH),
@@ -104,5 +120,5 @@ def _placeholder(*, has_log_probs: bool) -> PackedBatch:
         loss_weights=torch.zeros(1),
         loss_mask=torch.zeros(1),
         rows=[],
-        rollout_log_probs=torch.zeros(1) if has_log_probs else None,
+        **nothing,
     )

@@ -12,7 +12,8 @@ import ray
 from ray import ObjectRef
 
 from slime.arguments import Args
-from slime.data.batch import batch_from_samples
+from slime.data.batch import TrainBatch, batch_from_samples
+from slime.data.convert import batch_from_dict
 from slime.observability.metrics import eval_metrics, rollout_metrics
 from slime.observability.trajectories import write_samples
 from slime.ray.actors import CONTROL, LIFETIME
@@ -48,7 +49,13 @@ class RolloutManager:
         args = self.args
         self.generate_function = load_function(args.rollout_function_path)
         self.eval_function = load_function(args.eval_function_path or args.rollout_function_path)
-        for path in (args.custom_generate_function_path, args.custom_rm_path, args.custom_reward_post_process_path):
+        plugins = (
+            args.custom_generate_function_path,
+            args.custom_rm_path,
+            args.custom_reward_post_process_path,
+            args.custom_convert_samples_to_train_data_path,
+        )
+        for path in plugins:
             if path is not None:
                 load_function(path)
         self.tokenizer = tokenizer_of(args)
@@ -68,8 +75,7 @@ class RolloutManager:
         output = call_rollout_fn(self.generate_function, self.args, rollout_id, self.data_source, evaluation=False)
         assert isinstance(output, RolloutFnTrainOutput)
         samples = [sample for group in output.samples for sample in group]
-        raw_rewards, rewards, are_final = self._rewards(samples)
-        batch = batch_from_samples(samples, rewards, rewards_are_final=are_final)
+        raw_rewards, batch = self._training_data(samples)
         metrics = rollout_metrics(
             samples,
             raw_rewards,
@@ -79,6 +85,15 @@ class RolloutManager:
         )
         self._write_samples(rollout_id, samples, raw_rewards)
         return RolloutResult(ray.put(batch), metrics | (output.metrics or {}))
+
+    def _training_data(self, samples: list[Sample]) -> tuple[list[float], TrainBatch]:
+        """Raw rewards, and the batch to train on."""
+        path = self.args.custom_convert_samples_to_train_data_path
+        if path is not None:
+            raw_rewards = [sample.get_reward_value(self.args) for sample in samples]
+            return raw_rewards, batch_from_dict(load_function(path)(self.args, samples))
+        raw_rewards, rewards, are_final = self._rewards(samples)
+        return raw_rewards, batch_from_samples(samples, rewards, rewards_are_final=are_final)
 
     def _rewards(self, samples: list[Sample]) -> tuple[list[float], list[float], bool]:
         """Raw rewards, those to train on, and whether a plug-in has normalised them."""

@@ -49,9 +49,17 @@ class ParallelLayout:
 class TokenOutputs:
     """What a forward says of the response tokens that this rank holds; gradients flow through all of it."""
 
-    log_probs: Tensor  # float32 [T], of the distribution at the rollout temperature
+    log_probs: Tensor  # float32 [T], of the distribution at the rollout temperature; zeros where there are none
     entropy: Tensor | None = None  # float32 [T], of the same distribution
-    values: Tensor | None = None  # float32 [T], a critic's
+    values: Tensor | None = None  # float32 [T], a critic's: what it expected before each response token
+    logits: Tensor | None = None  # float32 [T, V], of the same distribution; only for losses that ask for it
+
+
+class Wants(NamedTuple):
+    """What a loss reads besides log-probs (or values)."""
+
+    entropy: bool = False
+    logits: bool = False  # the full [T, V]: memory that grows with the vocabulary
 
 
 class LossOutput(NamedTuple):
@@ -99,8 +107,8 @@ class TrainBackend(Protocol):
         """
         ...
 
-    def train_step(self, batches: list[PackedBatch], loss: LossFn, *, entropy: bool) -> StepMetrics:
-        """One optimizer step over all micro-batches. entropy: whether the loss wants it.
+    def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
+        """One optimizer step over all micro-batches.
 
         A backend that splits sequences among ranks hands the loss this rank's tokens, outputs and [T] fields of the
         micro-batch alike, and completes `sequence_sum` with the other ranks' share.
@@ -109,6 +117,10 @@ class TrainBackend(Protocol):
 
     def sum_over_data_ranks(self, values: Tensor) -> Tensor:
         """`values` added over data-parallel ranks, the same on each; for small tensors."""
+        ...
+
+    def copy_weights(self, source: ModelTag, target: ModelTag) -> None:
+        """Make `target`, a model without an optimizer, equal to `source`; it is made where there is none."""
         ...
 
     def hf_tensors(self) -> Iterator[NamedTensor]:

@@ -1,30 +1,31 @@
-"""One policy update, written once for all backends: reference -> old log-probs -> advantages -> optimizer steps.
-
-Shapes: S samples of the whole rollout, T response tokens of one micro-batch.
-"""
+"""One policy update, written once for all backends: reference -> old log-probs -> advantages -> optimizer steps."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from slime.algorithms import grpo, reduce
 from slime.algorithms.kl import kl_estimate
 from slime.config import AlgorithmConfig, OptimizerConfig
 from slime.data.batch import TrainBatch
-from slime.data.packed import PackedBatch, pack_rows
-from slime.data.schedule import PackingLimit, plan_step, split_steps
+from slime.data.packed import PackedBatch
+from slime.training.advantages import attach_advantages
 from slime.training.backend import ModelTag, StepMetrics, TrainBackend
-from slime.training.loss import loss_for, weighted_sum
+from slime.training.estimators import estimator_of
+from slime.training.loss import loss_for, wants_of, weighted_sum
+from slime.training.plan import Steps, everything, plan_steps, whole_batch
+from slime.utils.misc import is_due
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,13 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 class TrainingDiverged(RuntimeError):
     """More steps than allowed had a loss or gradient that was not finite."""
+
+
+class _Prepared(NamedTuple):
+    """What has been computed of a rollout before its advantages: log-probs of the policies that its loss compares."""
+
+    rollout_id: int
+    steps: Steps
 
 
 @dataclass
@@ -45,112 +53,101 @@ class Recipe:
     dump_dir: Path
     phase: Phase
     num_skipped: int = 0
+    _prepared: _Prepared | None = None
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
         """One pass over the samples of a rollout in `num_steps_per_rollout` optimizer steps. Returns `train/*` metrics.
 
         Every rank calls it with the same batch and takes its own share.
         """
-        steps = self._plan(batch)
+        steps = self._prepare(rollout_id, batch)
+        self._prepared = None
         metrics: dict[str, float] = {}
-        if self.algorithm.loss_type == "policy_loss":
-            metrics |= self._prepare_policy(batch, steps)
+        if self.algorithm.is_policy_loss:
+            metrics |= self._attach_advantages(batch, steps)
         with self.phase("actor_train"):
             results = [self._step(rollout_id, index, batch, step) for index, step in enumerate(steps)]
-        return metrics | _mean_over_steps(results)
+        if self.algorithm.needs_reference and is_due(rollout_id, self.algorithm.ref_update_interval):
+            self.backend.copy_weights("actor", "ref")
+        return metrics | _policy_metrics(results, metrics) | mean_over_steps(results)
 
-    def _plan(self, batch: TrainBatch) -> list[list[PackedBatch]]:
-        """This rank's micro-batches of every step, with the weights of their tokens in the step's mean."""
-        layout = self.backend.layout
-        limit = PackingLimit(self.optimizer.micro_batch_size)
-        if self.optimizer.use_dynamic_batch_size:
-            limit = PackingLimit(max_tokens=(self.optimizer.max_tokens_per_gpu or 0) * layout.context_size)
-        steps = []
-        for rows in split_steps(len(batch), self.optimizer.num_steps_per_rollout or 1):
-            part = batch.select(rows)
-            weights = _loss_weights(part, per_token=self.algorithm.calculate_per_token_loss)
-            plan = plan_step(
-                part.total_lengths,
-                layout.data_rank,
-                layout.data_size,
-                limit=limit,
-                balance=self.optimizer.balance_data,
-                multiple_of=layout.micro_batches_multiple_of,
-            )
-            packed = [pack_rows(part, members, weights) for members in plan]
-            for micro_batch in packed:
-                micro_batch.rows = [int(rows[row]) for row in micro_batch.rows]
-            steps.append(packed)
+    def token_kl(self, rollout_id: int, batch: TrainBatch) -> NDArray[np.float32]:
+        """Estimates of KL(policy || reference), one a response token of `batch`, the same on every rank; for a critic.
+
+        `train` of the same rollout does not compute them again.
+        """
+        micro_batches = everything(self._prepare(rollout_id, batch))
+        return whole_batch(self.backend, batch, [(part, part.kl) for part in micro_batches if part.kl is not None])
+
+    def _prepare(self, rollout_id: int, batch: TrainBatch) -> Steps:
+        """This rank's micro-batches, with the log-probs that losses and advantages want."""
+        if self._prepared is not None and self._prepared.rollout_id == rollout_id:
+            return _with_values(self._prepared.steps, batch)
+        cfg = self.algorithm
+        weights = estimator_of(cfg).weights
+        steps = plan_steps(
+            batch,
+            self.backend.layout,
+            optimizer=self.optimizer,
+            weights=lambda mask_T, rollout_T: weights(mask_T, rollout_T, cfg),
+            per_token=cfg.calculate_per_token_loss,
+        )
+        if cfg.is_policy_loss:
+            self._attach_policies(everything(steps), has_several_steps=len(steps) > 1)
+        self._prepared = _Prepared(rollout_id, steps)
         return steps
 
-    def _prepare_policy(self, batch: TrainBatch, steps: list[list[PackedBatch]]) -> dict[str, float]:
-        """Fill in reference and old log-probs and advantages; returns `rollout/*` metrics of them."""
-        everything = [micro_batch for step in steps for micro_batch in step]
+    def _attach_policies(self, batches: list[PackedBatch], *, has_several_steps: bool) -> None:
+        """Log-probs of reference, teacher and old policy, and the KL to the reference."""
         cfg = self.algorithm
         if cfg.needs_reference:
-            self._attach_log_probs(everything, "ref", "ref_log_probs")
+            self._attach(batches, "ref", "ref_log_probs")
+        if cfg.opd_teacher_load is not None:
+            self._attach(batches, "teacher", "teacher_log_probs")
+        if cfg.needs_teacher and any(batch.teacher_log_probs is None for batch in batches):
+            raise ValueError(
+                "distillation needs teacher_log_probs on every sample: give --opd-teacher-load, or a rollout that asks "
+                "a teacher's engine, such as --custom-rm-path slime.rollout.on_policy_distillation.reward_func"
+            )
         if cfg.use_rollout_logprobs:
-            _use_rollout_log_probs(everything)
-        elif len(steps) > 1 or cfg.kl_coef > 0:
-            self._attach_log_probs(everything, "actor", "old_log_probs")
-        advantages_S = self._advantages(batch, everything)
-        for micro_batch in everything:
-            rows = torch.tensor(micro_batch.rows or [0])
-            micro_batch.advantages = advantages_S[rows][micro_batch.sequence_ids]
-        mean_advantage = float(advantages_S.mean())
-        names = ("rollout/rewards", "rollout/advantages", "rollout/returns")  # of GRPO all the same: normalised rewards
-        return self._log_prob_means(steps) | dict.fromkeys(names, mean_advantage)
+            _use_rollout_log_probs(batches)
+        elif has_several_steps or cfg.needs_old_log_probs:
+            self._attach(batches, "old_actor" if cfg.keep_old_actor else "actor", "old_log_probs")
+        if cfg.kl_coef > 0:
+            for batch in batches:
+                assert batch.old_log_probs is not None
+                assert batch.ref_log_probs is not None
+                batch.kl = kl_estimate(batch.old_log_probs, batch.ref_log_probs, cfg.kl_loss_type)
 
-    def _log_prob_means(self, steps: list[list[PackedBatch]]) -> dict[str, float]:
-        """`rollout/{log_probs,ref_log_probs,rollout_log_probs}`, as far as there are any, weighted as the loss is."""
-        fields = {
-            "log_probs": "old_log_probs",
-            "ref_log_probs": "ref_log_probs",
-            "rollout_log_probs": "rollout_log_probs",
-        }
-        first = steps[0][0]
-        names = [name for name, field in fields.items() if getattr(first, field) is not None]
-        shares = [
-            sum(weighted_sum(b.loss_weights, getattr(b, fields[name])) for step in steps for b in step)
-            for name in names
-        ]
-        if not shares:
-            return {}
-        means = self.backend.sum_over_data_ranks(torch.stack(shares)) / len(steps)  # type: ignore[arg-type]
-        return {f"rollout/{name}": mean for name, mean in zip(names, means.tolist(), strict=True)}
-
-    def _attach_log_probs(self, batches: list[PackedBatch], model: ModelTag, field: str) -> None:
-        with self.phase("ref_log_probs" if model == "ref" else "log_probs"):
+    def _attach(self, batches: list[PackedBatch], model: ModelTag, field: str) -> None:
+        with self.phase("log_probs" if model.endswith("actor") else f"{model}_log_probs"):
             outputs = self.backend.log_probs(batches, model, entropy=False)
         for micro_batch, output in zip(batches, outputs, strict=True):
             setattr(micro_batch, field, output.log_probs.to(micro_batch.loss_mask.device))
 
-    def _advantages(self, batch: TrainBatch, batches: list[PackedBatch]) -> Tensor:
-        """[S] on the CPU, the same on every rank."""
-        cfg = self.algorithm
-        rewards_S = torch.tensor(batch.rewards)
-        if cfg.kl_coef > 0:
-            rewards_S = rewards_S - cfg.kl_coef * self._kl_of_samples(len(batch), batches)
-        if batch.rewards_are_final or not cfg.rewards_normalization:
-            return rewards_S
-        return grpo.advantages(rewards_S, torch.tensor(batch.group_ids), std_normalize=cfg.grpo_std_normalization)
+    def _attach_advantages(self, batch: TrainBatch, steps: Steps) -> dict[str, float]:
+        """Returns `rollout/*` metrics of all that is known before the update, weighted as the loss is."""
+        micro_batches = everything(steps)
+        metrics: dict[str, float] = {}
+        if self.algorithm.compute_advantages_and_returns:
+            scores_R = attach_advantages(batch, micro_batches, self.backend, self.algorithm)
+            metrics["rollout/rewards"] = float(scores_R.mean())
+        return metrics | self._means(micro_batches, len(steps))
 
-    def _kl_of_samples(self, num_samples: int, batches: list[PackedBatch]) -> Tensor:
-        """[S] KL to the reference, summed over each sample's trained tokens and known to every rank."""
-        kl_S = torch.zeros(num_samples)
-        for micro_batch in batches:
-            if not micro_batch.rows:
-                continue
-            assert micro_batch.old_log_probs is not None
-            assert micro_batch.ref_log_probs is not None
-            kl_T = kl_estimate(micro_batch.old_log_probs, micro_batch.ref_log_probs, self.algorithm.kl_loss_type)
-            rows_T = torch.tensor(micro_batch.rows)[micro_batch.sequence_ids]
-            kl_S.index_add_(0, rows_T, torch.where(micro_batch.loss_mask != 0, kl_T, 0.0))
-        return self.backend.sum_over_data_ranks(kl_S)
+    def _means(self, batches: list[PackedBatch], num_steps: int) -> dict[str, float]:
+        shares: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            for name, values_T in _reported(batch).items():
+                masked_T = torch.where(batch.loss_mask != 0, values_T, 0.0)
+                shares.setdefault(name, []).append(weighted_sum(batch.loss_weights, masked_T) / batch.weight_total)
+        if not shares:
+            return {}
+        sums = torch.stack([torch.stack(share).sum() for share in shares.values()])
+        means = self.backend.sum_over_data_ranks(sums) / num_steps
+        return {f"rollout/{name}": mean for name, mean in zip(shares, means.tolist(), strict=True)}
 
     def _step(self, rollout_id: int, index: int, batch: TrainBatch, step: list[PackedBatch]) -> StepMetrics:
-        is_policy = self.algorithm.loss_type == "policy_loss"
-        result = self.backend.train_step(step, loss_for(self.algorithm), entropy=is_policy)
+        result = self.backend.train_step(step, loss_for(self.algorithm), wants=wants_of(self.algorithm))
         if result.skipped:
             self.num_skipped += 1
             dump = self._dump(rollout_id, index, batch, step)
@@ -172,26 +169,48 @@ class Recipe:
         return path
 
 
-def _loss_weights(batch: TrainBatch, *, per_token: bool) -> np.ndarray:
-    """float32, one a response token of the step: its share in the step's mean."""
-    mask = torch.tensor(batch.loss_mask)
-    if per_token:
-        return reduce.per_token_weights(mask).numpy()
-    sample_ids = torch.from_numpy(np.repeat(np.arange(len(batch)), batch.response_lengths))
-    return reduce.per_sample_weights(mask, sample_ids, len(batch)).numpy()
+def _with_values(steps: Steps, batch: TrainBatch) -> Steps:
+    """The critic's values, which came after the micro-batches were made."""
+    if batch.values is not None:
+        values, ends = torch.tensor(batch.values), np.cumsum(batch.response_lengths)
+        for micro_batch in everything(steps):
+            parts = [values[ends[row] - batch.response_lengths[row] : ends[row]] for row in micro_batch.rows]
+            micro_batch.values = torch.cat(parts) if parts else torch.zeros_like(micro_batch.loss_mask)
+    return steps
 
 
-def _use_rollout_log_probs(batches: list[PackedBatch]) -> None:
+def _use_rollout_log_probs(batches: Sequence[PackedBatch]) -> None:
     for micro_batch in batches:
         if micro_batch.rollout_log_probs is None:
             raise ValueError("--use-rollout-logprobs: the rollout function returned samples without rollout_log_probs")
         micro_batch.old_log_probs = micro_batch.rollout_log_probs
 
 
-def _mean_over_steps(results: list[StepMetrics]) -> dict[str, float]:
+def _reported(batch: PackedBatch) -> dict[str, Tensor]:
+    """`rollout/NAME` -> [T], of what there is."""
+    values = {
+        "log_probs": batch.old_log_probs,
+        "ref_log_probs": batch.ref_log_probs,
+        "teacher_log_probs": batch.teacher_log_probs,
+        "rollout_log_probs": batch.rollout_log_probs,
+        "values": batch.values,
+        "advantages": batch.advantages,
+        "returns": batch.returns,
+    }
+    return {name: values_T for name, values_T in values.items() if values_T is not None}
+
+
+def _policy_metrics(results: list[StepMetrics], known: dict[str, float]) -> dict[str, float]:
+    """`rollout/log_probs` and `rollout/entropy` as the first step found them, where nobody computed them before."""
+    names = {"rollout/log_probs": "log_probs", "rollout/entropy": "entropy_loss"}
+    first = results[0].metrics
+    return {key: first[name] for key, name in names.items() if key not in known and name in first}
+
+
+def mean_over_steps(results: list[StepMetrics]) -> dict[str, float]:
     """`train/*`: metrics of the steps that were taken, averaged."""
     taken = [result for result in results if not result.skipped]
-    names = taken[0].metrics if taken else {}
+    names = [name for name in taken[0].metrics if name != "log_probs"] if taken else []
     metrics = {f"train/{name}": sum(r.metrics[name] for r in taken) / len(taken) for name in names}
     metrics["train/grad_norm"] = sum(r.grad_norm for r in taken) / len(taken) if taken else math.nan
     metrics["train/lr-pg_0"] = results[-1].lr

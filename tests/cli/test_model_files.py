@@ -74,11 +74,11 @@ def test_memory_of_a_trainer_is_16_bytes_a_parameter_shared_by_the_ranks() -> No
     }
     model = ModelSize.from_config(config, 1000)
     load = TrainingLoad(
-        num_ranks=2, micro_batch_tokens=5, logit_chunk_tokens=3, compute_bytes=2, has_reference=True, recomputes=True
+        num_ranks=2, micro_batch_tokens=5, logit_chunk_tokens=3, compute_bytes=2, num_frozen=1, recomputes=True
     )
     memory = trainer_memory(model, load)
     assert memory["weights, gradients, Adam"] == 500 * 16
-    assert memory["reference model"] == 500 * 4
+    assert memory["frozen models"] == 500 * 4
     assert memory["logits"] == 2 * 3 * 10 * 4
     assert memory["activations"] == 5 * 8 * 2 * (4 + 17)
     assert kv_bytes_per_token(model, 2) == 2 * 4 * (2 * 2) * 2

@@ -28,6 +28,24 @@ def resolved(**settings: Any) -> Args:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    # the algorithm's parts
+    ({"advantage_estimator": "grop"}, "or the dotted path of an Estimator, got 'grop'"),
+    ({"advantage_estimator": "reinforce_plus_plus"}, "--advantage-estimator reinforce_plus_plus needs --normalize-adv"),
+    ({"use_rollout_logprobs": True, "use_tis": True}, "--use-rollout-logprobs and --use-tis exclude each other"),
+    ({"use_rollout_logprobs": True, "keep_old_actor": True}, "--use-rollout-logprobs and --keep-old-actor exclude"),
+    ({"custom_tis_function_path": "a.b"}, "--custom-tis-function-path needs --use-tis"),
+    ({"advantage_estimator": "dr_grpo", "calculate_per_token_loss": True}, "dr_grpo divides by a constant"),
+    ({"advantage_estimator": "cispo", "eps_clip_c": 3.0}, "--eps-clip-c has no effect with cispo"),
+    ({"eps_clip_c": 1.0}, "--eps-clip-c must be above 1, got 1.0"),
+    ({"ref_update_interval": 2}, "--ref-update-interval needs a reference"),
+    ({"loss_type": "custom_loss"}, "--loss-type custom_loss and --custom-loss-function-path go together"),
+    ({"compute_advantages_and_returns": False}, "--disable-compute-advantages-and-returns needs --loss-type custom"),
+    ({"advantage_estimator": "on_policy_distillation", "use_opd": True}, "on_policy_distillation is the teacher alone"),
+    ({"opd_teacher_load": "dir"}, "--opd-teacher-load has no effect without --use-opd"),
+    ({"critic_num_nodes": 1}, "--critic-num-nodes and --critic-num-gpus-per-node need --advantage-estimator ppo"),
+    ({"tis_clip": 1.0, "tis_clip_low": 2.0}, "--tis-clip-low must be at most --tis-clip 1.0, got 2.0"),
+    ({"tis_veto": 1.0}, "--tis-veto must be a ratio between 0 and 1, got 1.0"),
+    ({"gamma": 1.1}, "--gamma must be between 0 and 1, got 1.1"),
     # the cluster
     ({"rollout_num_gpus": None}, "--rollout-num-gpus must be given"),
     ({"rollout_num_gpus": 3, "rollout_num_gpus_per_engine": 2}, "--rollout-num-gpus-per-engine 2 must divide the 3"),

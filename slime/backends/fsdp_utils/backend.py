@@ -6,25 +6,32 @@ import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from slime.backends.fsdp_utils import checkpoint
+from slime.backends.fsdp_utils import checkpoint, sources
 from slime.backends.fsdp_utils.arguments import FSDPConfig
 from slime.backends.fsdp_utils.hf_names import hf_named_tensors
 from slime.backends.fsdp_utils.lr_schedule import learning_rate
 from slime.backends.fsdp_utils.model import (
-    Precision,
     TokenModel,
     checkpoint_dtype,
+    compute_dtype,
+    decoder_layers,
+    empty_like,
     enable_gradient_checkpointing,
     load_causal_lm,
     shard,
 )
+from slime.backends.fsdp_utils.sources import Source
+from slime.backends.fsdp_utils.value_model import ValueModel, shard_critic
 from slime.config.run import RunConfig
 from slime.data.packed import PackedBatch
 from slime.training.backend import (
@@ -35,23 +42,33 @@ from slime.training.backend import (
     ParallelLayout,
     StepMetrics,
     TokenOutputs,
+    Wants,
 )
 from slime.weight_sync.disk import write_hf_directory
 
 logger = logging.getLogger(__name__)
 
 
-class FSDPBackend:
-    """One rank. `torch.distributed` is initialised by whoever starts the process."""
+Role = Literal["actor", "critic"]
+Model = TokenModel | ValueModel
 
-    def __init__(self, run: RunConfig, fsdp: FSDPConfig, device: torch.device) -> None:
+
+class FSDPBackend:
+    """One rank. `torch.distributed` is initialised by whoever starts the process.
+
+    role: what is trained. A critic's `run` is `critic_run` of the actor's.
+    """
+
+    def __init__(self, run: RunConfig, fsdp: FSDPConfig, device: torch.device, *, role: Role = "actor") -> None:
         self.run = run
         self.fsdp = fsdp
         self.device = device
+        self.role = role
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
         rank, size = dist.get_rank(), dist.get_world_size()
         self.layout = ParallelLayout(rank=rank, world_size=size, data_rank=rank, data_size=size)
-        self.models: dict[ModelTag, TokenModel] = {}
+        self.models: dict[ModelTag, Model] = {}
+        self.copies: set[ModelTag] = set()  # models that moved since they were loaded: a checkpoint holds them too
         self.export_dtype = checkpoint_dtype(run.hf_checkpoint, trust_remote_code=run.trust_remote_code)
         self.num_steps = 0
         torch.use_deterministic_algorithms(fsdp.deterministic_mode)
@@ -60,84 +77,70 @@ class FSDPBackend:
 
     def load(self) -> int:
         torch.manual_seed(self.run.seed)
-        source = checkpoint.find_checkpoint(self.run.load, self.run.ckpt_step)
-        reference = self._reference_checkpoint()
-        actor = self._build(self._weights_directory(), train=True)
-        self.models["actor"] = actor
-        self.optimizer = _adamw(actor, self.run)
-        first = 0
-        if source is not None:
-            first = self._restore(source)
-        elif self.run.load is None or not _is_hf_directory(self.run.load):
-            self._start_anew(reference)
-        if self.run.needs_reference:
-            self.models["ref"] = self._build_reference()
+        source = sources.critic_source(self.run) if self.role == "critic" else sources.actor_source(self.run)
+        self.models[self.role] = model = self._load_model(source, self.role)
+        self.optimizer = _adamw(model, self.run)
+        first = self._continue(source.checkpoint) if source.checkpoint and source.is_continued else 0
+        if self.role == "actor":
+            self._load_frozen(source)
         return first
 
-    def _start_anew(self, reference: Path | None) -> None:
-        """First weights from the reference's checkpoint; those of a Hugging Face directory are loaded already."""
-        if reference is not None:
-            checkpoint.load_model(reference, self.models["actor"])
-        if self.run.load is not None:
-            start = reference or self._weights_directory()
-            logger.info("--load %s holds no checkpoint: starting from %s", self.run.load, start)
-
-    def _weights_directory(self) -> str:
-        """The Hugging Face directory of the first weights."""
-        for directory in (self.run.load, self.run.ref_load):
-            if directory is not None and _is_hf_directory(directory):
-                return directory
-        return self.run.hf_checkpoint
-
-    def _build(self, directory: str, *, train: bool) -> TokenModel:
+    def _load_model(self, source: Source, tag: ModelTag) -> Model:
         lm = load_causal_lm(
-            directory,
+            source.directory,
             attn_implementation=self.fsdp.attn_implementation,
             trust_remote_code=self.run.trust_remote_code,
         )
+        model = self._sharded(lm, tag)
+        if source.checkpoint is not None:
+            checkpoint.load_model(source.checkpoint, model)
+        return model
+
+    def _sharded(self, lm: PreTrainedModel, tag: ModelTag) -> Model:
+        """`lm` as the model that `tag` wants, on the device; only that of the role is trained."""
         lm.eval()  # no dropout: the policy that is trained must be the one that was sampled
+        lm.requires_grad_(tag == self.role)
+        if tag == self.role and self.fsdp.gradient_checkpointing:
+            enable_gradient_checkpointing(lm)
+        layers = decoder_layers(lm)
+        compute = compute_dtype(self.fsdp.bf16, self.device)
+        if tag == "critic":
+            critic = ValueModel(lm, share_prompts=self.fsdp.share_prompts).to(self.device)
+            shard_critic(critic, layers, mesh=self.mesh, compute=compute)
+            return critic
         model = TokenModel(
             lm,
             temperature=self.run.rollout_temperature,
             chunk_size=self.run.log_probs_chunk_size,
             share_prompts=self.fsdp.share_prompts,
         ).to(self.device)
-        if train and self.fsdp.gradient_checkpointing:
-            enable_gradient_checkpointing(lm)
-        model.requires_grad_(train)
-        return shard(model, self.mesh, Precision.choose(self.fsdp.bf16, self.device))
-
-    def _reference_checkpoint(self) -> Path | None:
-        """The checkpoint that --ref-load names; None where it names a Hugging Face directory, or is not given."""
-        root = self.run.ref_load
-        if root is None or _is_hf_directory(root):
-            return None
-        source = checkpoint.find_checkpoint(root, self.run.ref_ckpt_step)
-        if source is None:
-            raise checkpoint.CheckpointError(f"--ref-load {root} holds neither a model nor a checkpoint")
-        return source
-
-    def _build_reference(self) -> TokenModel:
-        source = self._reference_checkpoint()
-        is_hf = self.run.ref_load is not None and source is None
-        model = self._build(self.run.ref_load if is_hf else self.run.hf_checkpoint, train=False)  # type: ignore[arg-type]
-        if source is not None:
-            checkpoint.load_model(source, model)
+        shard(model, layers, mesh=self.mesh, compute=compute)
         return model
 
-    def _restore(self, source: Path) -> int:
-        """Load a checkpoint of this backend. Returns the first rollout id to run."""
-        actor = self.models["actor"]
-        checkpoint.load_model(source, actor)
-        if self.run.finetune:
-            return 0
-        meta = checkpoint.read_meta(source)
+    def _load_frozen(self, source: Source) -> None:
+        """The models that the actor is compared with; those that a continued run had moved, from its checkpoint."""
+        run = self.run
+        if run.needs_reference:
+            self.models["ref"] = self._load_model(sources.reference_source(run), "ref")
+        if run.needs_teacher and run.opd_teacher_load is not None:
+            teacher = sources.teacher_source(run)
+            sources.check_same_tokens(run.hf_checkpoint, teacher.directory, trust_remote_code=run.trust_remote_code)
+            self.models["teacher"] = self._load_model(teacher, "teacher")
+        wanted: dict[ModelTag, bool] = {"ref": run.needs_reference, "old_actor": run.keep_old_actor}
+        for tag in [tag for tag, is_wanted in wanted.items() if is_wanted]:
+            if source.checkpoint is not None and source.is_continued and (source.checkpoint / tag).is_dir():
+                self.copy_weights("actor", tag)
+                checkpoint.load_model(source.checkpoint, self.models[tag], part=tag)
+
+    def _continue(self, folder: Path) -> int:
+        """Restore what a checkpoint holds besides weights. Returns the first rollout id to run."""
+        meta = checkpoint.read_meta(folder)
         if not self.run.no_load_optim:
-            checkpoint.load_optimizer(source, actor, self.optimizer)
+            checkpoint.load_optimizer(folder, self.models[self.role], self.optimizer)
         if not self.run.no_load_rng:
-            checkpoint.load_rng(source)
+            checkpoint.load_rng(folder)
         self.num_steps = meta.num_steps
-        logger.info("loaded %s, %d optimizer steps", source, meta.num_steps)
+        logger.info("loaded %s, %d optimizer steps", folder, meta.num_steps)
         return meta.rollout_id + 1
 
     def save(self, rollout_id: int) -> None:
@@ -153,7 +156,8 @@ class FSDPBackend:
                 is_writer=self.layout.is_reporter,
                 is_durable=True,
             )
-        checkpoint.save(self.run.save, meta, self.models["actor"], optimizer)
+        copies: dict[str, nn.Module] = {tag: self.models[tag] for tag in sorted(self.copies)}
+        checkpoint.save(self.run.save, meta, self.models[self.role], optimizer, copies=copies)
 
     def sleep(self) -> None:
         """Parameters, gradients and optimizer to host memory; on a CPU they are there already."""
@@ -176,16 +180,20 @@ class FSDPBackend:
     # --- forward and backward
 
     def log_probs(self, batches: list[PackedBatch], model: ModelTag, *, entropy: bool) -> list[TokenOutputs]:
+        wants = Wants(entropy=entropy)
         with torch.no_grad():
-            return [self.models[model](batch.to(self.device), entropy) for batch in batches]
+            outputs = [self.models[model](batch.to(self.device), wants) for batch in batches]
+        # FSDP keeps its last group whole for a backward that does not come: memory, and weights no copy would reach.
+        cast(FSDPModule, self.models[model]).reshard()
+        return outputs
 
-    def train_step(self, batches: list[PackedBatch], loss: LossFn, *, entropy: bool) -> StepMetrics:
-        actor = self.models["actor"]
+    def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
+        model = self.models[self.role]
         lr = learning_rate(self.num_steps, self.run, self._total_steps())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        metrics = self._sum_metrics([self._backward(actor, batch, loss, entropy) for batch in batches])
-        grad_norm = self._clip_gradients(actor)
+        metrics = self._sum_metrics([self._backward(model, batch, loss, wants) for batch in batches])
+        grad_norm = self._clip_gradients(model)
         is_finite = all(torch.isfinite(torch.tensor([grad_norm, metrics["loss"]])))
         if is_finite:
             self.optimizer.step()
@@ -193,15 +201,15 @@ class FSDPBackend:
         self.num_steps += 1
         return StepMetrics(metrics, grad_norm, lr, skipped=not is_finite)
 
-    def _backward(self, actor: TokenModel, batch: PackedBatch, loss: LossFn, entropy: bool) -> LossOutput:
+    def _backward(self, model: Model, batch: PackedBatch, loss: LossFn, wants: Wants) -> LossOutput:
         batch = batch.to(self.device)
-        result = loss(actor(batch, entropy), batch, lambda values_T: _sequence_sum(values_T, batch))
+        result = loss(model(batch, wants), batch, lambda values_T: _sequence_sum(values_T, batch))
         # FSDP averages gradients over ranks; a share of the step's loss must be added up instead.
         (result.loss * self.layout.data_size).backward()
         return result._replace(metrics=result.metrics | {"loss": result.loss.detach()})
 
-    def _clip_gradients(self, actor: nn.Module) -> float:
-        parameters = [parameter for parameter in actor.parameters() if parameter.grad is not None]
+    def _clip_gradients(self, model: nn.Module) -> float:
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.run.clip_grad > 0:
@@ -225,8 +233,31 @@ class FSDPBackend:
 
     def hf_tensors(self) -> Iterator[NamedTensor]:
         return hf_named_tensors(
-            self.models["actor"].lm, dtype=self.export_dtype, bucket_bytes=self.run.update_weight_buffer_size
+            self._policy("actor").lm, dtype=self.export_dtype, bucket_bytes=self.run.update_weight_buffer_size
         )
+
+    def copy_weights(self, source: ModelTag, target: ModelTag) -> None:
+        if target not in self.models:
+            self.models[target] = self._sharded(empty_like(self._policy(source).lm), target)
+        _copy_tensors(self.models[source], self.models[target], f"{source} to {target}")
+        self.copies.add(target)
+
+    def _policy(self, tag: ModelTag) -> TokenModel:
+        model = self.models[tag]
+        assert isinstance(model, TokenModel), f"{tag} has no token probabilities"
+        return model
+
+
+@torch.no_grad()
+def _copy_tensors(source: nn.Module, target: nn.Module, what: str) -> None:
+    """Every rank copies its shards. Raises ValueError for models of different shapes."""
+    tensors = [dict(itertools.chain(model.named_parameters(), model.named_buffers())) for model in (source, target)]
+    shapes = [{name: tuple(tensor.shape) for name, tensor in named.items()} for named in tensors]
+    if different := sorted(dict(shapes[0].items() ^ shapes[1].items())):
+        ours, theirs = (named.get(different[0], "none") for named in shapes)
+        raise ValueError(f"weights cannot be copied from {what}: tensor {different[0]} has shapes {ours} and {theirs}")
+    for name, tensor in tensors[1].items():
+        tensor.copy_(tensors[0][name])
 
 
 def _sequence_sum(values_T: Tensor, batch: PackedBatch) -> Tensor:
@@ -242,7 +273,3 @@ def _adamw(model: nn.Module, run: RunConfig) -> torch.optim.AdamW:
     ]
     betas = (run.adam_beta1, run.adam_beta2)
     return torch.optim.AdamW(groups, lr=run.lr, betas=betas, eps=run.adam_eps, fused=True)
-
-
-def _is_hf_directory(path: str) -> bool:
-    return (Path(path) / "config.json").is_file()

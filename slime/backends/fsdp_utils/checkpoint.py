@@ -4,6 +4,7 @@ SAVE/
 |-- latest_checkpointed_iteration.txt     the last complete step, written last
 |-- iter_0000010/
     |-- model/ optimizer/                 torch.distributed.checkpoint
+    |-- ref/ old_actor/                   where the run moved them: `copy_weights`
     |-- rng.pt  meta.json
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ def find_checkpoint(root: str | None, step: int | None) -> Path | None:
             raise CheckpointError(f"{tracker} must hold a step number, got {text!r}")
         step = int(text)
     folder = iteration_folder(root, step)
-    if not (folder / "meta.json").is_file():
+    if not is_complete(folder):
         there = sorted(path.name for path in Path(root).glob("iter_*"))
         raise CheckpointError(f"there is no complete checkpoint {folder}; present: {', '.join(there) or 'none'}")
     return folder
@@ -72,10 +73,22 @@ def iteration_folder(root: str, rollout_id: int) -> Path:
     return Path(root) / f"iter_{rollout_id:07d}"
 
 
-def save(root: str, meta: Meta, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint lies there."""
+    return (folder / "meta.json").is_file()
+
+
+def save(
+    root: str,
+    meta: Meta,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    copies: Mapping[str, nn.Module] | None = None,
+) -> None:
     """Write a checkpoint beside, make it durable, then rename it. A collective; the tracker moves last.
 
-    optimizer: None leaves it out.
+    optimizer: None leaves it out. copies: further models, by the folder to write them to.
     """
     final = iteration_folder(root, meta.rollout_id)
     temporary = final.with_name("." + final.name + ".tmp")
@@ -85,7 +98,8 @@ def save(root: str, meta: Meta, model: nn.Module, optimizer: torch.optim.Optimiz
         temporary.mkdir(parents=True)
     dist.barrier()
     with _whole_or_nothing(final, temporary):
-        dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=temporary / "model")
+        for part, member in {"model": model, **(copies or {})}.items():
+            dcp.save({"model": get_model_state_dict(member)}, checkpoint_id=temporary / part)
         if optimizer is not None:
             dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=temporary / "optimizer")
         if on_first:
@@ -109,12 +123,12 @@ def _whole_or_nothing(final: Path, temporary: Path) -> Iterator[None]:
         raise CheckpointError(f"{final} cannot be written; {free / 2**20:.1f} MiB were free there ({error})") from error
 
 
-def load_model(folder: Path, model: nn.Module) -> None:
-    """Read the weights into `model`, whatever the number of ranks they were saved from."""
+def load_model(folder: Path, model: nn.Module, *, part: str = "model") -> None:
+    """Read weights into `model`, whatever the number of ranks they were saved from. part: "model", or a copy's name."""
     state = {"model": get_model_state_dict(model)}
-    _check_fits(folder / "model", state["model"])
+    _check_fits(folder / part, state["model"])
     with _errors_of_ranks(f"{folder} cannot be read"):
-        dcp.load(state, checkpoint_id=folder / "model")
+        dcp.load(state, checkpoint_id=folder / part)
     set_model_state_dict(model, state["model"])
 
 

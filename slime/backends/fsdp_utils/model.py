@@ -1,13 +1,14 @@
-"""A Hugging Face causal LM that answers with per-token values instead of logits, sharded by FSDP2.
+"""A Hugging Face causal LM that answers with per-token log-probs instead of logits, sharded by FSDP2.
 
 Shapes: N packed tokens, T response tokens, C tokens of one chunk, V vocabulary, E model width.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,15 +18,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from slime.backends.fsdp_utils import attention
 from slime.backends.fsdp_utils.prompt_sharing import shared_prompts
 from slime.data.packed import PackedBatch
-from slime.training.backend import TokenOutputs
+from slime.training.backend import TokenOutputs, Wants
 
 
 class TokenModel(nn.Module):
-    """Log-probs and entropy of the response tokens of a packed batch; logits exist for one chunk at a time."""
+    """Log-probs and entropy of the response tokens of a packed batch; logits exist for one chunk at a time.
+
+    A loss that asks for the logits themselves has them all at once.
+    """
 
     def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_size: int, share_prompts: bool = True) -> None:
         """temperature: logits are divided by it. chunk_size: tokens whose logits are held at once.
@@ -36,36 +41,20 @@ class TokenModel(nn.Module):
         self.lm = lm
         self.temperature = temperature
         self.chunk_size = chunk_size
-        self.share_prompts = share_prompts and lm.config._attn_implementation == attention.NAME
+        self.share_prompts = share_prompts
         self.softcap: float | None = _logit_softcap(lm)
 
-    def forward(self, batch: PackedBatch, entropy: bool) -> TokenOutputs:
+    def forward(self, batch: PackedBatch, wants: Wants) -> TokenOutputs:
         """Outputs [T] for `batch`, which lies on the model's device."""
-        hidden_T = self._hidden(batch)
-        chunks = [
-            self._chunk(hidden_C, targets_C, entropy)
-            for hidden_C, targets_C in zip(
-                hidden_T.split(self.chunk_size), batch.targets.split(self.chunk_size), strict=True
-            )
-        ]
-        log_probs = torch.cat([chunk[0] for chunk in chunks])
-        return TokenOutputs(log_probs, torch.cat([chunk[1] for chunk in chunks]) if entropy else None)
-
-    def _hidden(self, batch: PackedBatch) -> Tensor:
-        """[T, E] what predicts each response token."""
-        sharing = shared_prompts(batch) if self.share_prompts else None
-        input_ids, position_ids, source_T = batch.input_ids, batch.position_ids, batch.target_index - 1
-        if sharing is not None:
-            input_ids, position_ids = input_ids[sharing.first], position_ids[sharing.first]
-            source_T = sharing.place[source_T]
-        output = self.lm.get_decoder()(
-            input_ids=input_ids[None],
-            position_ids=position_ids[None],
-            attention_mask=None,
-            use_cache=False,  # with a cache transformers would take the pack for one sequence
-            packing=attention.Packing(batch.sequence_lengths, batch.input_ids.device, sharing),
-        )
-        return cast(Tensor, output.last_hidden_state)[0].index_select(0, source_T)
+        hidden_T = target_hidden(self.lm.get_decoder(), batch, share_prompts=self.share_prompts)
+        logits_TV = self._logits(hidden_T) if wants.logits else None
+        if logits_TV is not None:
+            chunks = [_of_targets(logits_TV, batch.targets, wants.entropy)]
+        else:
+            parts = zip(hidden_T.split(self.chunk_size), batch.targets.split(self.chunk_size), strict=True)
+            chunks = [self._chunk(hidden_C, targets_C, wants.entropy) for hidden_C, targets_C in parts]
+        log_probs_T, entropy_T = (torch.cat(values) for values in zip(*chunks, strict=True))
+        return TokenOutputs(log_probs_T, entropy_T if wants.entropy else None, logits=logits_TV)
 
     def _chunk(self, hidden_C: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
         """Log-probs [C] and entropy [C] (empty unless wanted); logits are computed again in the backward."""
@@ -74,15 +63,43 @@ class TokenModel(nn.Module):
         return self._log_probs(hidden_C, targets_C, entropy)
 
     def _log_probs(self, hidden_C: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+        return _of_targets(self._logits(hidden_C), targets_C, entropy)
+
+    def _logits(self, hidden_C: Tensor) -> Tensor:
+        """float32 [C, V], at the temperature."""
         logits_CV = self.lm.get_output_embeddings()(hidden_C).float()
         if self.softcap is not None:
             logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
-        if self.temperature != 1.0:
-            logits_CV = logits_CV / self.temperature
-        log_probs_CV = logits_CV.log_softmax(-1)
-        log_probs_C = log_probs_CV.gather(-1, targets_C[:, None])[:, 0]
-        entropy_C = -(log_probs_CV.exp() * log_probs_CV).sum(-1) if entropy else log_probs_C.new_empty(0)
-        return log_probs_C, entropy_C
+        return logits_CV if self.temperature == 1.0 else logits_CV / self.temperature
+
+
+def target_hidden(decoder: nn.Module, batch: PackedBatch, *, share_prompts: bool) -> Tensor:
+    """[T, E] what predicts each response token.
+
+    share_prompts: compute equal prompts once, where attention is ours.
+    """
+    is_packed = cast(PreTrainedModel, decoder).config._attn_implementation == attention.NAME
+    sharing = shared_prompts(batch) if share_prompts and is_packed else None
+    input_ids, position_ids, source_T = batch.input_ids, batch.position_ids, batch.target_index - 1
+    if sharing is not None:
+        input_ids, position_ids = input_ids[sharing.first], position_ids[sharing.first]
+        source_T = sharing.place[source_T]
+    output = decoder(
+        input_ids=input_ids[None],
+        position_ids=position_ids[None],
+        attention_mask=None,
+        use_cache=False,  # with a cache transformers would take the pack for one sequence
+        packing=attention.Packing(batch.sequence_lengths, batch.input_ids.device, sharing),
+    )
+    return cast(Tensor, output.last_hidden_state)[0].index_select(0, source_T)
+
+
+def _of_targets(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+    """Log-probs [C] of the targets and entropy [C], empty unless wanted."""
+    log_probs_CV = logits_CV.log_softmax(-1)
+    log_probs_C = log_probs_CV.gather(-1, targets_C[:, None])[:, 0]
+    entropy_C = -(log_probs_CV.exp() * log_probs_CV).sum(-1) if entropy else log_probs_C.new_empty(0)
+    return log_probs_C, entropy_C
 
 
 def _logit_softcap(lm: PreTrainedModel) -> float | None:
@@ -94,16 +111,10 @@ def _logit_softcap(lm: PreTrainedModel) -> float | None:
     return config.get("final_logit_softcapping")
 
 
-class Precision(NamedTuple):
-    """compute: dtype of parameters in forward and backward. Weights, gradients and optimizer stay float32."""
-
-    compute: torch.dtype
-
-    @classmethod
-    def choose(cls, bf16: bool | None, device: torch.device) -> Precision:
-        """bfloat16 where asked for, by default on GPUs."""
-        wants_bf16 = device.type == "cuda" if bf16 is None else bf16
-        return cls(torch.bfloat16 if wants_bf16 else torch.float32)
+def compute_dtype(bf16: bool | None, device: torch.device) -> torch.dtype:
+    """Of parameters in forward and backward: bfloat16 where asked for, by default on GPUs. Else all is float32."""
+    wants_bf16 = device.type == "cuda" if bf16 is None else bf16
+    return torch.bfloat16 if wants_bf16 else torch.float32
 
 
 def load_causal_lm(directory: str, *, attn_implementation: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -147,12 +158,22 @@ def _errors_that_name(directory: str) -> Iterator[None]:
         raise ValueError(f"the model in {directory} cannot be loaded: {error}") from error
 
 
-def shard(model: TokenModel, mesh: DeviceMesh, precision: Precision) -> TokenModel:
-    """FSDP2: one group for each decoder layer, one for the rest (embeddings, final norm, head)."""
-    policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=torch.float32)
-    for layer in decoder_layers(model.lm):
+def empty_like(lm: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same config, float32, on the CPU. Its parameters hold anything; no random number is drawn."""
+    with no_init_weights():
+        twin = type(lm)._from_config(
+            copy.deepcopy(lm.config), dtype=torch.float32, attn_implementation=lm.config._attn_implementation
+        )
+    twin.tie_weights()  # left out with the initialisation
+    return cast(PreTrainedModel, twin)
+
+
+def shard(model: nn.Module, layers: list[nn.Module], *, mesh: DeviceMesh, compute: torch.dtype) -> None:
+    """FSDP2, in place: one group for each of the `layers`, one for the rest (embeddings, final norm, head)."""
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return cast(TokenModel, fully_shard(model, mesh=mesh, mp_policy=policy))
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def enable_gradient_checkpointing(lm: PreTrainedModel) -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "async_rm",
     "batched_async_rm",
     "check_rm_type",
+    "rule_reward",
 ]
 
 RULES: dict[str, Callable[[Any, Sample], Any]] = {
@@ -65,6 +66,11 @@ async def async_rm(args: Any, sample: Sample, **kwargs: Any) -> Reward:
     if path is not None:
         reward = await _call_custom(args, path, sample, sample.index, kwargs)
         return checked_reward(reward, path, sample)
+    return await rule_reward(args, sample)
+
+
+async def rule_reward(args: Any, sample: Sample) -> Reward:
+    """The reward of the rule that the sample or --rm-type names; errors as `async_rm`."""
     rm_type = sample.metadata.get("rm_type") or args.rm_type
     if rm_type is None:
         raise ValueError("no reward is chosen: give --rm-type or --custom-rm-path")

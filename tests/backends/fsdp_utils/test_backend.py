@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from slime.backends.fsdp_utils.backend import FSDPBackend
 from slime.data.batch import TrainBatch, batch_from_samples
 from slime.data.packed import pack_rows
-from slime.training.backend import LossOutput, TokenOutputs, TrainBackend
+from slime.training.backend import LossOutput, TokenOutputs, TrainBackend, Wants
 from slime.training.recipe import TrainingDiverged
 
 STEADY = {"adam_eps": 1e-4, "lr": 1e-3}
@@ -195,14 +195,14 @@ def test_sequence_sums_add_up_each_sequence(model: Path) -> None:
         sums.append(sequence_sum(batch.loss_mask))
         return likelihood(outputs, batch, sequence_sum)
 
-    loaded(model).train_step([batch], loss, entropy=False)
+    loaded(model).train_step([batch], loss, wants=Wants())
     assert sums[0].tolist() == [sum(sample.loss_mask or []) for sample in random_samples()]
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step_count(model: Path, what: str) -> None:
     backend = loaded(model)
-    backend.train_step([one_batch()], likelihood, entropy=False)
+    backend.train_step([one_batch()], likelihood, wants=Wants())
     weights = full_weights(backend)
     state = [{name: value.clone() for name, value in entry.items()} for entry in backend.optimizer.state.values()]
 
@@ -214,18 +214,18 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step_count(model: Pat
             loss = loss + (outputs.log_probs * 0).sqrt().sum() * 0
         return LossOutput(loss, {"loss": loss.detach()})
 
-    result = backend.train_step([one_batch()], broken, entropy=False)
+    result = backend.train_step([one_batch()], broken, wants=Wants())
     assert result.skipped
     assert equal(full_weights(backend), weights)
     for entry, before in zip(backend.optimizer.state.values(), state, strict=True):
         assert all(torch.equal(value, before[name]) for name, value in entry.items())
     assert backend.num_steps == 2
-    assert not backend.train_step([one_batch()], likelihood, entropy=False).skipped
+    assert not backend.train_step([one_batch()], likelihood, wants=Wants()).skipped
 
 
 def test_gradients_take_no_memory_between_steps(model: Path) -> None:
     backend = loaded(model)
-    backend.train_step([one_batch()], likelihood, entropy=False)
+    backend.train_step([one_batch()], likelihood, wants=Wants())
     assert all(parameter.grad is None for parameter in backend.models["actor"].parameters())
 
 
@@ -257,7 +257,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for(model: Path) -> None:
             norms[backend.run.clip_grad] = float(torch.nn.utils.get_total_norm(gradients))
 
         backend.optimizer.register_step_pre_hook(note)
-    reported = [backend.train_step([one_batch()], likelihood, entropy=False).grad_norm for backend in (free, clipped)]
+    reported = [backend.train_step([one_batch()], likelihood, wants=Wants()).grad_norm for backend in (free, clipped)]
     assert reported[0] == pytest.approx(reported[1])
     assert norms[0.0] == pytest.approx(reported[0], rel=1e-5)
     assert norms[0.001] == pytest.approx(0.001, rel=1e-3)
@@ -271,7 +271,7 @@ def test_weight_decay_is_for_matrices_only(model: Path) -> None:
         return LossOutput(loss, {"loss": loss.detach()})
 
     before = full_weights(backend)
-    backend.train_step([one_batch()], nothing, entropy=False)
+    backend.train_step([one_batch()], nothing, wants=Wants())
     for name, weight in full_weights(backend).items():
         shrunk = before[name] * (1 - 0.1 * 0.5) if weight.ndim >= 2 else before[name]
         torch.testing.assert_close(weight, shrunk)
@@ -279,7 +279,7 @@ def test_weight_decay_is_for_matrices_only(model: Path) -> None:
 
 def test_the_learning_rate_follows_the_schedule(model: Path) -> None:
     backend = loaded(model, lr=1e-3, lr_warmup_iters=2, lr_decay_style="linear", num_rollout=4)
-    rates = [backend.train_step([one_batch()], likelihood, entropy=False).lr for _ in range(4)]
+    rates = [backend.train_step([one_batch()], likelihood, wants=Wants()).lr for _ in range(4)]
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4])
 
 
@@ -294,7 +294,7 @@ def test_dropout_is_off_for_training_too(tmp_path: Path) -> None:
             return likelihood(outputs, *rest)
 
         expected = backend.log_probs([one_batch()], "actor", entropy=False)[0].log_probs
-        backend.train_step([one_batch()], note, entropy=False)
+        backend.train_step([one_batch()], note, wants=Wants())
         assert torch.equal(seen[0], expected)
 
 
@@ -305,7 +305,7 @@ def test_gradient_checkpointing_runs_each_layer_again(model: Path) -> None:
         counted: list[int] = []
         layer = backend.models["actor"].lm.model.layers[0].mlp
         layer.register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
-        backend.train_step([one_batch()], likelihood, entropy=False)
+        backend.train_step([one_batch()], likelihood, wants=Wants())
         calls[checkpointing] = len(counted)
     assert calls == {False: 1, True: 2}
 
@@ -317,14 +317,14 @@ def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(model: Path) -> Non
     assert not torch.equal(rounded.log_probs, exact.log_probs)
     assert rounded.log_probs.dtype == torch.float32
     torch.testing.assert_close(rounded.log_probs, exact.log_probs, rtol=0, atol=0.2)
-    backend.train_step([one_batch()], likelihood, entropy=False)
+    backend.train_step([one_batch()], likelihood, wants=Wants())
     assert all(parameter.dtype == torch.float32 for parameter in backend.models["actor"].parameters())
 
 
 def test_the_reference_stays_where_it_was_while_the_actor_moves(model: Path, other_model: Path) -> None:
     backend = loaded(model, use_kl_loss=True, ref_load=str(other_model), load=str(model))
     before = backend.log_probs([one_batch()], "ref", entropy=False)[0].log_probs
-    backend.train_step([one_batch()], likelihood, entropy=False)
+    backend.train_step([one_batch()], likelihood, wants=Wants())
     assert torch.equal(backend.log_probs([one_batch()], "ref", entropy=False)[0].log_probs, before)
     own = loaded(other_model).log_probs([one_batch()], "actor", entropy=False)[0].log_probs
     assert torch.equal(own, before)
@@ -359,6 +359,6 @@ def test_placeholders_alone_make_a_step_of_no_gradient(model: Path) -> None:
     backend = loaded(model)
     before = full_weights(backend)
     empty = pack_rows(random_batch(), [], np.zeros(0, dtype=np.float32))
-    result = backend.train_step([empty], likelihood, entropy=False)
+    result = backend.train_step([empty], likelihood, wants=Wants())
     assert result.grad_norm == 0.0
     assert equal(full_weights(backend), before)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter
 from slime.backends.fsdp_utils.model import TokenModel, checkpoint_dtype, decoder_layers, load_causal_lm
 from slime.data.batch import batch_from_samples
 from slime.data.packed import PackedBatch, pack_rows
+from slime.training.backend import Wants
 from slime.utils.types import Sample
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -53,7 +54,7 @@ def test_log_probs_and_entropy_equal_those_of_each_sequence_alone(
     model = token_model(directory, temperature=temperature, chunk_size=chunk_size)
     plain = plain_grpo.load(directory)
     with torch.no_grad():
-        ours = model(packed(samples), True)
+        ours = model(packed(samples), Wants(entropy=True))
         log_probs = torch.cat([plain_grpo.response_log_probs(plain, sample, temperature) for sample in samples])
         entropy = torch.cat([plain_grpo.response_entropy(plain, sample, temperature) for sample in samples])
     torch.testing.assert_close(ours.log_probs.double(), log_probs, rtol=0, atol=2e-5)
@@ -66,7 +67,7 @@ def test_gradients_equal_those_of_each_sequence_alone(directory: Path) -> None:
     batch = packed(samples)
     weights = torch.linspace(-1, 1, len(batch.target_index))
     model = token_model(directory, temperature=0.8)
-    outputs = model(batch, True)
+    outputs = model(batch, Wants(entropy=True))
     ((outputs.log_probs + 0.1 * outputs.entropy) * weights).sum().backward()
     plain = plain_grpo.load(directory)
     log_probs = torch.cat([plain_grpo.response_log_probs(plain, sample, 0.8) for sample in samples])
@@ -87,9 +88,9 @@ def test_changing_one_sequence_leaves_the_others_bit_for_bit(directory: Path) ->
     changed = 3
     start = sum(len(sample.tokens) for sample in samples[:changed])
     with torch.no_grad():
-        before = model(batch, False).log_probs
+        before = model(batch, Wants()).log_probs
         batch.input_ids[start : start + len(samples[changed].tokens)] = 5
-        after = model(batch, False).log_probs
+        after = model(batch, Wants()).log_probs
     untouched = batch.sequence_ids != changed
     torch.testing.assert_close(before[untouched], after[untouched], rtol=0, atol=1e-6 if is_moe else 0)
     assert not torch.equal(before[~untouched], after[~untouched])
@@ -99,8 +100,8 @@ def test_changing_one_sequence_leaves_the_others_bit_for_bit(directory: Path) ->
 def test_attention_of_transformers_keeps_packed_sequences_apart_too(directory: Path, attn_implementation: str) -> None:
     batch = packed(random_samples())
     with torch.no_grad():
-        ours = token_model(directory)(batch, False).log_probs
-        theirs = token_model(directory, attn_implementation=attn_implementation)(batch, False).log_probs
+        ours = token_model(directory)(batch, Wants()).log_probs
+        theirs = token_model(directory, attn_implementation=attn_implementation)(batch, Wants()).log_probs
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
@@ -125,7 +126,7 @@ def test_logits_are_held_for_one_chunk_of_tokens_at_a_time(tmp_path: Path, with_
     model = token_model(directory, chunk_size=chunk_size)
     batch = packed(samples)
     with LargestFloat32() as seen, torch.set_grad_enabled(with_gradient):
-        outputs = model(batch, True)
+        outputs = model(batch, Wants(entropy=True))
         if with_gradient:
             (outputs.log_probs.sum() + outputs.entropy.sum()).backward()
     assert chunk_size * vocab_size <= seen.largest < 2 * chunk_size * vocab_size < num_tokens * vocab_size
@@ -145,7 +146,7 @@ def test_saved_for_the_backward_is_no_table_of_logits(tmp_path: Path) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(batch, True)
+        model(batch, Wants(entropy=True))
     assert sum(sizes) < num_tokens * vocab_size / 10
 
 
@@ -209,6 +210,6 @@ def test_one_response_token_is_enough(tmp_path: Path) -> None:
     model = token_model(make_tiny_model(tmp_path))
     samples = [Sample(group_index=0, tokens=[3, 9], response_length=1)]
     with torch.no_grad():
-        outputs = model(packed(samples), True)
+        outputs = model(packed(samples), Wants(entropy=True))
     assert outputs.log_probs.shape == outputs.entropy.shape == (1,)
     assert np.isfinite(outputs.log_probs.item())

@@ -11,6 +11,7 @@ from slime.backends.fsdp_utils.model import TokenModel, load_causal_lm
 from slime.backends.fsdp_utils.prompt_sharing import shared_prompts
 from slime.data.batch import batch_from_samples
 from slime.data.packed import PackedBatch, pack_rows
+from slime.training.backend import Wants
 from slime.utils.types import Sample
 
 P, Q = [11, 12], [13]
@@ -68,7 +69,7 @@ def test_log_probs_and_gradients_are_those_without_sharing(architecture: str, tm
         lm.get_decoder().embed_tokens.register_forward_hook(
             lambda module, inputs, output, widths=widths: widths.append(output.shape[1])
         )
-        outputs = TokenModel(lm, temperature=0.8, chunk_size=5, share_prompts=share)(batch, True)
+        outputs = TokenModel(lm, temperature=0.8, chunk_size=5, share_prompts=share)(batch, Wants(entropy=True))
         ((outputs.log_probs + 0.1 * outputs.entropy) * torch.linspace(-1, 1, len(outputs.log_probs))).sum().backward()
         results.append((outputs, {name: p.grad for name, p in lm.named_parameters()}, widths))
     (ours, our_grads, our_widths), (plain, plain_grads, plain_widths) = results

@@ -71,6 +71,36 @@ def test_plug_ins_of_a_users_folder_take_part(start: Starter) -> None:
     assert abs(metrics["rollout/advantages"]) < 1e-6
 
 
+CONVERTER = """
+def reward(args, sample, **kwargs):
+    return 0.0
+
+
+def convert(args, samples):
+    return {
+        "tokens": [sample.tokens for sample in samples],
+        "response_lengths": [sample.response_length for sample in samples],
+        "rewards": [float(place) for place, _ in enumerate(samples)],
+        "loss_masks": [[1] + [0] * (sample.response_length - 1) for sample in samples],
+    }
+"""
+
+
+def test_training_data_of_a_plug_in_is_what_is_trained_on(start: Starter) -> None:
+    mine = start.folder / "mine"
+    mine.mkdir()
+    (mine / "my_data.py").write_text(CONVERTER)
+    run = start(
+        *("--custom-rm-path", "my_data.reward", "--custom-convert-samples-to-train-data-path", "my_data.convert"),
+        *("--num-rollout", "1", "--calculate-per-token-loss"),
+        cwd=mine,
+    ).succeeds()
+    num_samples = len(run.samples(0))
+    (metrics,) = run.metrics()
+    assert metrics["rollout/raw_reward"] == 0.0
+    assert abs(metrics["rollout/advantages"] - (num_samples - 1) / 2) < 1e-5
+
+
 def test_with_num_epoch_plug_ins_see_the_number_of_rollouts(start: Starter) -> None:
     mine = start.folder / "mine"
     mine.mkdir()
