@@ -168,6 +168,10 @@ def _combinations(config: RunConfig) -> None:
         "--use-rollout-logprobs and --keep-old-actor exclude each other: both say where old log-probs come from.",
     )
     _require(
+        not (config.keep_old_actor and config.debug_train_only),
+        "--keep-old-actor keeps what the engines sample with; --debug-train-only has none.",
+    )
+    _require(
         config.custom_tis_function_path is None or config.use_tis, "--custom-tis-function-path needs --use-tis: add it."
     )
     _require(

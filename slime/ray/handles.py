@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from slime.ray.actors import create_actor
 from slime.ray.journal import Journal
 from slime.ray.placement import Slots
 from slime.ray.rollout_manager import RolloutResult
-from slime.ray.train_actor import SendReport, TrainActor
+from slime.ray.train_actor import PROCESS_NAMES, CriticReport, Role, SendReport, TrainActor
 from slime.ray.watchdog import Watchdog
 
 
@@ -49,31 +50,49 @@ class RolloutHandle:
 
 
 class ActorGroup:
-    """All trainer ranks. Each call goes to every rank and ends with the last, or with the first failure."""
+    """All ranks of the actor, or of the critic.
 
-    def __init__(self, args: Args, slots: Slots, run_dir: str, watchdog: Watchdog) -> None:
+    Each call goes to every rank and ends with the last, or with the first failure.
+    """
+
+    def __init__(self, args: Args, slots: Slots, run_dir: str, watchdog: Watchdog, *, role: Role) -> None:
         self.args = args
         self.watchdog = watchdog
-        self.shares_node = slots.trainers_share_node
+        self.name = PROCESS_NAMES[role]
+        bundles = slots.critic_bundles if role == "critic" else slots.trainer_bundles
+        self.shares_node = slots.share_node(bundles)
         self.ranks: list[ActorHandle] = [
-            create_actor(TrainActor, args, rank, run_dir, options=slots.options(bundle, "trainer"))
-            for rank, bundle in enumerate(slots.trainer_bundles)
+            create_actor(TrainActor, args, rank, run_dir, role, options=slots.options(bundle, role))
+            for rank, bundle in enumerate(bundles)
         ]
+        self.ranks_per_node = max(Counter(slots.node_of[bundle] for bundle in bundles).values())
         for rank, actor in enumerate(self.ranks):
-            watchdog.add(f"trainer {rank}", actor)
+            watchdog.add(f"{self.name} {rank}", actor)
 
     def start(self, weights_dir: str) -> list[ObjectRef]:
-        """Load the model on every rank. Returns calls that give the first rollout id."""
+        """Load the model on every rank. Returns calls that give the first rollout id.
+
+        Actor and critic take turns, so that either has all the cores of a node.
+        """
         call: ObjectRef = self.ranks[0].address.remote(loopback=self.shares_node)
-        (address,) = self.watchdog.get([call], timeout_s=self.args.cluster_timeout_s, what="trainer 0 to start")
-        ranks_per_node = min(len(self.ranks), self.args.actor_num_gpus_per_node)
-        num_threads = self.args.num_threads or max(1, (os.cpu_count() or 1) // ranks_per_node)
+        (address,) = self.watchdog.get([call], timeout_s=self.args.cluster_timeout_s, what=f"{self.name} 0 to start")
+        num_threads = self.args.num_threads or max(1, (os.cpu_count() or 1) // self.ranks_per_node)
         return [rank.start.remote(address, num_threads, weights_dir) for rank in self.ranks]
 
-    def train(self, rollout_id: int, batch: ObjectRef) -> dict[str, float]:
-        """One policy update. Returns the metrics of rank 0."""
-        calls = [rank.train.remote(rollout_id, batch) for rank in self.ranks]
+    def train(self, rollout_id: int, batch: ObjectRef, values: ObjectRef | None) -> dict[str, float]:
+        """One policy update. values: of a critic. Returns the metrics of rank 0."""
+        calls = [rank.train.remote(rollout_id, batch, values) for rank in self.ranks]
         return self._all(calls, self.args.train_timeout_s, f"training on rollout {rollout_id}")[0]
+
+    def token_kl(self, rollout_id: int, batch: ObjectRef) -> ObjectRef:
+        """The policy's KL to the reference on the tokens of a rollout, in the object store."""
+        calls = [rank.token_kl.remote(rollout_id, batch) for rank in self.ranks]
+        return self._all(calls, self.args.train_timeout_s, f"the KL of rollout {rollout_id}")[0]
+
+    def train_critic(self, rollout_id: int, batch: ObjectRef, kl: ObjectRef | None) -> CriticReport:
+        """One update of the critic. Returns the report of rank 0."""
+        calls = [rank.train_critic.remote(rollout_id, batch, kl) for rank in self.ranks]
+        return self._all(calls, self.args.train_timeout_s, f"the critic to train on rollout {rollout_id}")[0]
 
     def update_weights(self, engine_urls: list[str], version: int) -> SendReport:
         """Send the weights to the engines."""
@@ -83,15 +102,18 @@ class ActorGroup:
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint."""
         calls = [rank.save.remote(rollout_id) for rank in self.ranks]
-        self._all(calls, self.args.train_timeout_s, f"the checkpoint of rollout {rollout_id}")
+        self._all(calls, self.args.train_timeout_s, f"the {self.name}'s checkpoint of rollout {rollout_id}")
 
     def sleep(self) -> None:
         """Give device memory to the engines."""
-        self._all([rank.sleep.remote() for rank in self.ranks], self.args.train_timeout_s, "trainers to sleep")
+        self._all(
+            [rank.sleep.remote() for rank in self.ranks], self.args.train_timeout_s, f"every {self.name} to sleep"
+        )
 
     def wake_up(self) -> None:
         """Take device memory back."""
-        self._all([rank.wake_up.remote() for rank in self.ranks], self.args.train_timeout_s, "trainers to wake up")
+        calls = [rank.wake_up.remote() for rank in self.ranks]
+        self._all(calls, self.args.train_timeout_s, f"every {self.name} to wake up")
 
     def _all(self, calls: Sequence[ObjectRef], timeout_s: float, what: str) -> list[Any]:
         return self.watchdog.get(calls, timeout_s=timeout_s, what=what)
@@ -104,10 +126,36 @@ class PolicyHandle:
     group: ActorGroup
     journal: Journal
 
-    def train(self, rollout_id: int, batch: ObjectRef) -> None:
-        """One policy update on a rollout."""
+    def train(self, rollout_id: int, batch: ObjectRef, values: ObjectRef | None = None) -> None:
+        """One policy update on a rollout. values: of a critic."""
         with self.journal.phase("train", "the trainers"):
-            metrics = self.group.train(rollout_id, batch)
-        for key, value in metrics.items():
-            target = self.journal.train_metrics if key.startswith("train/") else self.journal.rollout_metrics
-            target[key] = value
+            metrics = self.group.train(rollout_id, batch, values)
+        _note(self.journal, metrics)
+
+
+@dataclass
+class ActorCriticHandle:
+    """The trainers and their critic, as the loop sees them."""
+
+    args: Args
+    policy: PolicyHandle
+    critic: ActorGroup
+    journal: Journal
+
+    def train(self, rollout_id: int, batch: ObjectRef) -> None:
+        """One update of the critic, and of the policy by the values from before it.
+
+        The policy rests during the first --num-critic-only-steps rollouts.
+        """
+        with self.journal.phase("critic", "the critic"):
+            kl = self.policy.group.token_kl(rollout_id, batch) if self.args.kl_coef > 0 else None
+            metrics, values = self.critic.train_critic(rollout_id, batch, kl)
+        _note(self.journal, metrics)
+        if rollout_id >= self.args.num_critic_only_steps:
+            self.policy.train(rollout_id, batch, values)
+
+
+def _note(journal: Journal, metrics: dict[str, float]) -> None:
+    for key, value in metrics.items():
+        target = journal.train_metrics if key.startswith("train/") else journal.rollout_metrics
+        target[key] = value

@@ -23,11 +23,12 @@ from slime.arguments import Args, settings_as_dict
 from slime.observability.progress import Progress
 from slime.ray.actors import create_actor
 from slime.ray.engine_fleet import EngineFleet
-from slime.ray.handles import ActorGroup, PolicyHandle, RolloutHandle
+from slime.ray.handles import ActorCriticHandle, ActorGroup, PolicyHandle, RolloutHandle
 from slime.ray.journal import Journal
 from slime.ray.memory import Colocated, Disaggregated, Memory, NoEngines
 from slime.ray.placement import Slots, allocate, start_ray, stays_on_machine
 from slime.ray.rollout_manager import RolloutManager
+from slime.ray.train_actor import Role
 from slime.ray.watchdog import Watchdog
 from slime.utils.logging import configure_logging
 from slime.utils.misc import is_due
@@ -43,10 +44,10 @@ class Job:
     """A context manager: inside it `rollout`, `actor` and `memory` are up; after it no process is left."""
 
     rollout: RolloutHandle
-    actor: PolicyHandle
+    actor: PolicyHandle | ActorCriticHandle
     memory: Memory
     manager: ActorHandle
-    group: ActorGroup
+    trainers: list[ActorGroup]  # the actor, and the critic where there is one
     journal: Journal
     start_rollout_id: int
     num_rollout: int
@@ -95,8 +96,8 @@ class Job:
         self.args = self._with_num_rollout(prompts)
         router = None if fleet is None else fleet.router_address.remote()
         connected: ObjectRef = self.manager.set_runtime.remote(self.num_rollout, router)
-        self.group = self._start_trainers(slots)
-        trainers = self.group.start(str(weights_dir))
+        self.trainers = self._create_trainers(slots)
+        trainers = [call for group in self.trainers for call in group.start(str(weights_dir))]
         _, *answers = self.watchdog.get(
             [prompts, *trainers, *engines, connected],
             timeout_s=max(self.args.trainer_start_timeout_s, self.args.engine_start_timeout_s) + STOP_DEADLINE_S,
@@ -121,13 +122,16 @@ class Job:
         )
         self.journal = self._stack.enter_context(journal)
         self.rollout = RolloutHandle(self.args, self.manager, self.watchdog, journal)
-        self.actor = PolicyHandle(self.group, journal)
+        actor, *critics = self.trainers
+        policy = PolicyHandle(actor, journal)
+        self.actor = ActorCriticHandle(self.args, policy, critics[0], journal) if critics else policy
         if fleet is None:
             self.memory = NoEngines()
             return
         self.watchdog.monitors.append(fleet.watch.remote())
         kind = Colocated if self.args.colocate else Disaggregated
-        self.memory = kind(self.args, fleet, self.group, self.rollout, self.watchdog, journal)
+        sleepers = [actor] if self.args.has_critic_slots else self.trainers
+        self.memory = kind(self.args, fleet, actor, sleepers, self.rollout, self.watchdog, journal)
 
     def _start_manager(self) -> ActorHandle:
         manager = create_actor(RolloutManager, self.args, str(self.run_dir))
@@ -144,11 +148,12 @@ class Job:
         self.watchdog.actors["engine fleet"] = fleet
         return fleet
 
-    def _start_trainers(self, slots: Slots) -> ActorGroup:
-        group = ActorGroup(self.args, slots, str(self.run_dir), self.watchdog)
-        for rank in group.ranks:
+    def _create_trainers(self, slots: Slots) -> list[ActorGroup]:
+        roles: list[Role] = ["actor", "critic"] if self.args.needs_critic else ["actor"]
+        groups = [ActorGroup(self.args, slots, str(self.run_dir), self.watchdog, role=role) for role in roles]
+        for rank in (rank for group in groups for rank in group.ranks):
             self._stack.callback(ray.kill, rank)
-        return group
+        return groups
 
     def _with_num_rollout(self, prompts: ObjectRef) -> Args:
         """--num-epoch as a number of rollouts, once the number of prompts is known."""
@@ -228,11 +233,12 @@ class Job:
         return self.args.save is not None and (due or self.is_stopping)
 
     def save(self, rollout_id: int) -> None:
-        """Write a checkpoint: first the data source, then the trainers, whose tracker makes it complete."""
+        """Write a checkpoint: data source, critic, and last the actor, whose tracker makes it complete."""
         with self.journal.phase("save", "the checkpoint"):
             call: ObjectRef = self.manager.save.remote(rollout_id)
             self.watchdog.get([call], timeout_s=self.args.train_timeout_s, what="the data source to be saved")
-            self.group.save(rollout_id)
+            for group in reversed(self.trainers):
+                group.save(rollout_id)
         self.saved_rollout_id = rollout_id
 
     def _load_prompts(self, ref: ObjectRef, what: str) -> Any:

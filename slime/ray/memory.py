@@ -27,11 +27,15 @@ class Memory(Protocol):
 
 @dataclass
 class Disaggregated:
-    """Trainers and engines have devices of their own: nothing to hand over but the weights."""
+    """Trainers and engines have devices of their own: nothing to hand over but the weights.
+
+    sleepers: the trainers on the engines' slots, where they share them.
+    """
 
     args: Args
     fleet: ActorHandle
     actor: ActorGroup
+    sleepers: list[ActorGroup]
     rollout: RolloutHandle
     watchdog: Watchdog
     journal: Journal
@@ -66,7 +70,8 @@ class Colocated(Disaggregated):
             if self.args.offload_rollout:
                 self._fleet("release_memory", ["kv_cache", "weights"])
             if self.args.offload_train:
-                self.actor.wake_up()
+                for trainers in self.sleepers:
+                    trainers.wake_up()
 
     def sync_weights(self, version: int) -> None:
         """Weights first, then the trainers sleep, then the engines' cache fits."""
@@ -75,7 +80,8 @@ class Colocated(Disaggregated):
                 self._fleet("resume_memory", ["weights"])
             self._send(version)
             if self.args.offload_train:
-                self.actor.sleep()
+                for trainers in self.sleepers:
+                    trainers.sleep()
             if self.args.offload_rollout:
                 self._fleet("resume_memory", ["kv_cache"])
 

@@ -18,7 +18,7 @@ from slime.utils.http_utils import is_loopback
 
 logger = logging.getLogger(__name__)
 
-_SHARE = {"trainer": 0.4, "engine": 0.2}  # of a slot: both fit into one, with room for a critic
+_SHARE = {"actor": 0.4, "critic": 0.4, "engine": 0.2}  # of a slot: all three fit into one
 
 
 class NotEnoughSlots(RuntimeError):
@@ -27,16 +27,24 @@ class NotEnoughSlots(RuntimeError):
 
 @dataclass(frozen=True)
 class Slots:
-    """Bundles of the placement group: which train, which sample (the same ones when colocated)."""
+    """Bundles of the placement group: which train, which sample (the same ones when colocated).
+
+    critic_bundles: the trainers', unless the critic has slots of its own.
+    """
 
     group: PlacementGroup
     device: str  # "cuda" or "cpu"
     trainer_bundles: list[int]
+    critic_bundles: list[int]
     engine_bundles: list[int]
-    trainers_share_node: bool
+    node_of: dict[int, str]
+
+    def share_node(self, bundles: list[int]) -> bool:
+        """Whether all of these lie on one node."""
+        return len({self.node_of[bundle] for bundle in bundles}) == 1
 
     def options(self, bundle: int, role: str) -> dict[str, object]:
-        """Ray options of an actor of `role` ("trainer" or "engine") in a bundle."""
+        """Ray options of an actor of `role` ("actor", "critic" or "engine") in a bundle."""
         resource = "num_gpus" if self.device == "cuda" else "num_cpus"
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
         return {"num_cpus": 0, "scheduling_strategy": strategy} | {resource: _SHARE[role]}
@@ -78,7 +86,12 @@ def start_ray(cluster: ClusterConfig) -> bool:
 
 def num_slots(cluster: ClusterConfig) -> int:
     """Slots of the run in all."""
-    return cluster.num_trainers + (0 if cluster.colocate else cluster.rollout_num_gpus or 0)
+    return num_training_slots(cluster) + (0 if cluster.colocate else cluster.rollout_num_gpus or 0)
+
+
+def num_training_slots(cluster: ClusterConfig) -> int:
+    """Slots of the trainers, and of a critic that has its own."""
+    return cluster.num_trainers + (cluster.num_critics if cluster.has_critic_slots else 0)
 
 
 def stays_on_machine(args: Args) -> bool:
@@ -105,14 +118,16 @@ def allocate(cluster: ClusterConfig) -> Slots:
         )
     node_of: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
     bundles = _sorted_bundles(node_of)
-    first_engine = 0 if cluster.colocate else cluster.num_trainers
+    trainers, critics = bundles[: cluster.num_trainers], bundles[cluster.num_trainers : num_training_slots(cluster)]
+    first_engine = 0 if cluster.colocate else num_training_slots(cluster)
     num_engine_slots = cluster.rollout_num_gpus or 0
     return Slots(
         group,
         device,
-        trainer_bundles=bundles[: cluster.num_trainers],
+        trainer_bundles=trainers,
+        critic_bundles=critics or trainers,
         engine_bundles=bundles[first_engine : first_engine + num_engine_slots],
-        trainers_share_node=len({node_of[bundle] for bundle in bundles[: cluster.num_trainers]}) == 1,
+        node_of=node_of,
     )
 
 

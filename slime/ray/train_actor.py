@@ -1,18 +1,21 @@
-"""One trainer rank: an actor that holds a TrainBackend and runs the recipe on it."""
+"""One rank of the actor or the critic: a Ray actor that holds a TrainBackend and runs the recipe on it."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import ray
+from ray import ObjectRef
 
 from slime.arguments import Args
-from slime.data.batch import TrainBatch
+from slime.config.run import critic_settings
+from slime.data.batch import Array, TrainBatch
 from slime.engine.client import EngineClient
 from slime.observability.timer import PhaseTimer
 from slime.ray.actors import CONTROL, LIFETIME
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Role = Literal["actor", "critic"]
+PROCESS_NAMES: dict[Role, str] = {"actor": "trainer", "critic": "critic"}
+_PHASES: dict[Role, str] = {"actor": "train", "critic": "critic"}
+
 
 class SendReport(NamedTuple):
     """directory: where the version lies. failed: addresses of engines that did not take it."""
@@ -35,23 +42,32 @@ class SendReport(NamedTuple):
     failed: list[str]
 
 
-def _fsdp(args: Args, device: torch.device) -> TrainBackend:
+class CriticReport(NamedTuple):
+    """metrics: `train/*`, `perf/*`. values: from before the update, in the object store; the reporter's only."""
+
+    metrics: dict[str, float]
+    values: ObjectRef | None
+
+
+def _fsdp(args: Args, device: torch.device, role: Role) -> TrainBackend:
     from slime.backends.fsdp_utils.backend import FSDPBackend
+    from slime.backends.fsdp_utils.sources import critic_run
 
-    return FSDPBackend(args, args, device)
+    return FSDPBackend(critic_run(args) if role == "critic" else args, args, device, role=role)
 
 
-_BACKENDS: dict[str, Callable[[Args, torch.device], TrainBackend]] = {"fsdp": _fsdp}
+_BACKENDS: dict[str, Callable[[Args, torch.device, Role], TrainBackend]] = {"fsdp": _fsdp}
 
 
 class TrainActor:
-    """Rank `rank` of `args.num_trainers`. Every rank gets the same calls in the same order."""
+    """Rank `rank` of the actor or of the critic. Every rank of a role gets the same calls in the same order."""
 
-    def __init__(self, args: Args, rank: int, run_dir: str) -> None:
+    def __init__(self, args: Args, rank: int, run_dir: str, role: Role) -> None:
         configure_logging(args.log_level)
         self.args = args
         self.rank = rank
         self.run_dir = Path(run_dir)
+        self.role = role
 
     def address(self, *, loopback: bool) -> str:
         """`host:port` at which this rank can be found, for a rendezvous; by this machine only, or by others too."""
@@ -62,9 +78,7 @@ class TrainActor:
         """Join the world, load model and optimizer. Returns the first rollout id to run."""
         import torch
 
-        from slime.training.recipe import Recipe
         from slime.utils.distributed import init_process_group, pick_device
-        from slime.weight_sync.disk import DiskTransport
 
         torch.set_num_threads(num_threads)
         device = pick_device(self.args.device)
@@ -72,36 +86,80 @@ class TrainActor:
         init_process_group(
             backend=("nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend,
             rank=self.rank,
-            world_size=self.args.num_trainers,
+            world_size=self.args.num_critics if self.role == "critic" else self.args.num_trainers,
             address=address,
             timeout_minutes=self.args.distributed_timeout_minutes,
         )
-        self.backend = _BACKENDS[self.args.train_backend](self.args, device)
-        is_reporter = self.backend.layout.is_reporter
-        self.timer = PhaseTimer(self.run_dir if is_reporter else None, process=f"trainer {self.rank}")
-        self.recipe = Recipe(
-            self.backend, self.args, self.args, dump_dir=self.run_dir / "skipped_steps", phase=self.timer.phase
-        )
-        self.transport = DiskTransport(Path(weights_dir), assets=self.args.hf_checkpoint, is_writer=is_reporter)
+        self.backend = _BACKENDS[self.args.train_backend](self.args, device, self.role)
+        self.is_reporter = self.backend.layout.is_reporter
+        process = f"{PROCESS_NAMES[self.role]} {self.rank}"
+        self.timer = PhaseTimer(self.run_dir if self.is_reporter else None, process=process)
+        if self.role == "critic":
+            self._open_critic()
+        else:
+            self._open_actor(Path(weights_dir))
         first_rollout_id = self.backend.load()
         self._begin_wait(first_rollout_id)
         return first_rollout_id
 
-    def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
-        """One policy update. Returns `train/*`, `rollout/*`, `perf/*` metrics, the same on each rank but for times."""
-        self.wait.close()
-        with self.timer.phase("train"):
-            metrics = self.recipe.train(rollout_id, batch)
+    def _open_actor(self, weights_dir: Path) -> None:
+        from slime.training.recipe import Recipe
+        from slime.weight_sync.disk import DiskTransport
+
+        dump_dir = self.run_dir / "skipped_steps"
+        self.recipe = Recipe(self.backend, self.args, self.args, dump_dir=dump_dir, phase=self.timer.phase)
+        self.transport = DiskTransport(weights_dir, assets=self.args.hf_checkpoint, is_writer=self.is_reporter)
+
+    def _open_critic(self) -> None:
+        from slime.training.critic import CriticRecipe
+
+        settings = critic_settings(self.args)
+        self.critic = CriticRecipe(self.backend, algorithm=self.args, optimizer=settings, phase=self.timer.phase)
+
+    # --- training
+
+    def train(self, rollout_id: int, batch: TrainBatch, values: Array | None = None) -> dict[str, float]:
+        """One policy update. Returns `train/*`, `rollout/*`, `perf/*` metrics, the same on each rank but for times.
+
+        values: a critic's, one a response token.
+        """
+        with self._working(rollout_id):
+            metrics = self.recipe.train(rollout_id, dataclasses.replace(batch, values=values))
         times = self.timer.collect()
         self._begin_wait(rollout_id + 1)
         num_tokens = float(batch.total_lengths.sum())
         return metrics | times | {"perf/actor_train_tok_per_s": num_tokens / times["perf/actor_train_time"]}
 
-    def _begin_wait(self, rollout_id: int) -> None:
-        """From now until training on `rollout_id` this rank waits."""
+    def token_kl(self, rollout_id: int, batch: TrainBatch) -> ObjectRef | None:
+        """The policy's KL to the reference, one number a response token, in the object store; the reporter's only."""
+        with self._working(rollout_id):
+            kl = self.recipe.token_kl(rollout_id, batch)
+        self._begin_wait(rollout_id)
+        return ray.put(kl) if self.is_reporter else None
+
+    def train_critic(self, rollout_id: int, batch: TrainBatch, kl: Array | None) -> CriticReport:
+        """One update of the critic. kl: what `token_kl` returned, with --kl-coef."""
+        with self._working(rollout_id):
+            update = self.critic.train(rollout_id, dataclasses.replace(batch, kl=kl))
+        times = self.timer.collect()
+        self._begin_wait(rollout_id + 1)
+        return CriticReport(update.metrics | times, ray.put(update.values) if self.is_reporter else None)
+
+    @contextlib.contextmanager
+    def _working(self, rollout_id: int) -> Iterator[None]:
+        """This rank's share of the time of `rollout_id`; before it, it waited."""
+        self._wait.close()
         self.timer.rollout_id = rollout_id
-        self.wait = contextlib.ExitStack()
-        self.wait.enter_context(self.timer.phase("train_wait"))
+        with self.timer.phase(_PHASES[self.role]):
+            yield
+
+    def _begin_wait(self, rollout_id: int) -> None:
+        """From now until it works on `rollout_id` this rank waits."""
+        self.timer.rollout_id = rollout_id
+        self._wait = contextlib.ExitStack()
+        self._wait.enter_context(self.timer.phase(f"{_PHASES[self.role]}_wait"))
+
+    # --- weights
 
     def update_weights(self, engine_urls: list[str], version: int) -> SendReport:
         """Bring the engines to `version`. A collective; the reporter's answer counts."""
@@ -116,6 +174,8 @@ class TrainActor:
             timeout_s=self.args.weight_sync_timeout_s / 2,  # before the driver's, so that a lost engine is told to it
             check_equal=self.args.check_weight_update_equal,
         )
+        if self.args.keep_old_actor:
+            self.backend.copy_weights("actor", "old_actor")
         return SendReport(str(self.transport.path_of(version).resolve()), failed)
 
     def save(self, rollout_id: int) -> None:

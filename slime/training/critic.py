@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -57,7 +57,8 @@ class CriticRecipe:
         for micro_batch, output in zip(micro_batches, outputs, strict=True):
             assert output.values is not None
             micro_batch.values = output.values.to(micro_batch.loss_mask.device)
-        attach_advantages(batch, micro_batches, self.backend, cfg)
+        # Returns are of the reward: what is done to advantages alone is not the critic's business.
+        attach_advantages(batch, micro_batches, self.backend, replace(cfg, use_opd=False, normalize_advantages=False))
         loss = partial(value_loss, cfg=cfg)
         with self.phase("critic_train"):
             results = [self.backend.train_step(step, loss, wants=Wants()) for step in steps]

@@ -33,6 +33,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"advantage_estimator": "reinforce_plus_plus"}, "--advantage-estimator reinforce_plus_plus needs --normalize-adv"),
     ({"use_rollout_logprobs": True, "use_tis": True}, "--use-rollout-logprobs and --use-tis exclude each other"),
     ({"use_rollout_logprobs": True, "keep_old_actor": True}, "--use-rollout-logprobs and --keep-old-actor exclude"),
+    ({"keep_old_actor": True, "debug_train_only": True} | SFT, "--keep-old-actor keeps what the engines sample with"),
     ({"custom_tis_function_path": "a.b"}, "--custom-tis-function-path needs --use-tis"),
     ({"advantage_estimator": "dr_grpo", "calculate_per_token_loss": True}, "dr_grpo divides by a constant"),
     ({"advantage_estimator": "cispo", "eps_clip_c": 3.0}, "--eps-clip-c has no effect with cispo"),

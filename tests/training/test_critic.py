@@ -50,7 +50,9 @@ def returns_of(batch: TrainBatch, values: np.ndarray, kl: np.ndarray, args: Any)
 def test_values_come_in_the_order_of_the_batch_and_the_loss_is_that_of_a_loop(model: Path) -> None:
     batch = random_batch(group_sizes=(3, 1, 4))
     kl = np.random.default_rng(0).normal(size=len(batch.loss_mask)).astype(np.float32)
-    critic = make_critic(model, kl_coef=0.1, num_steps_per_rollout=1, micro_batch_size=3)
+    critic = make_critic(
+        model, kl_coef=0.1, num_steps_per_rollout=1, micro_batch_size=3, use_opd=True, normalize_advantages=True
+    )
     shaped = dataclasses.replace(batch, kl=kl)
     critic.train(0, shaped)  # the value head begins at 0
     update = critic.train(1, shaped)

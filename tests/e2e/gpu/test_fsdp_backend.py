@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from torch import nn
 from slime.arguments import Args, parse_args
 from slime.backends.fsdp_utils.attention import Packing, packed_attention
 from slime.backends.fsdp_utils.backend import FSDPBackend
+from slime.config.run import critic_settings
 from slime.data.batch import TrainBatch, batch_from_samples
+from slime.training.critic import CriticRecipe
+from slime.training.plan import everything
 from slime.training.recipe import Recipe
 from slime.utils.distributed import init_process_group
 from slime.utils.http_utils import find_free_port
@@ -81,12 +85,14 @@ def settings(model: Path, *flags: str) -> Args:
 
 
 def rollout() -> TrainBatch:
-    """Sixteen samples of random tokens and lengths."""
+    """Four groups of four samples, random tokens and lengths."""
     rng = np.random.default_rng(0)
     samples = []
+    prompts = [rng.integers(0, 260, rng.integers(10, 150)).tolist() for _ in range(4)]
     for index in range(16):
-        tokens = rng.integers(0, 260, rng.integers(20, 200)).tolist()
-        samples.append(Sample(index=index, group_index=index // 4, tokens=tokens, response_length=10))
+        response = rng.integers(0, 260, rng.integers(2, 40)).tolist()
+        tokens = prompts[index // 4] + response
+        samples.append(Sample(index=index, group_index=index // 4, tokens=tokens, response_length=len(response)))
     return batch_from_samples(samples, [float(index % 3) for index in range(16)])
 
 
@@ -100,12 +106,48 @@ def build(args: Args, tmp_path: Path) -> tuple[FSDPBackend, Recipe]:
 def test_bfloat16_log_probs_stay_near_float32(nccl_world: None, model: Path, tmp_path: Path) -> None:
     half, recipe = build(settings(model), tmp_path)
     full, _ = build(settings(model, "--no-bf16"), tmp_path)
-    batches = [micro_batch for step in recipe._plan(rollout()) for micro_batch in step]
+    batches = everything(recipe._prepare(0, rollout()))
     for ours, theirs in zip(
         half.log_probs(batches, "actor", entropy=True), full.log_probs(batches, "actor", entropy=True), strict=True
     ):
         assert (ours.log_probs - theirs.log_probs).abs().mean() < 2e-2
         assert (ours.entropy - theirs.entropy).abs().mean() < 2e-2
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("--bf16", 2e-2), ("--no-bf16", 1e-4)])
+def test_shared_prompts_give_the_log_probs_and_the_gradient_of_separate_ones(
+    nccl_world: None, model: Path, tmp_path: Path, dtype: str, tolerance: float
+) -> None:
+    flags = (dtype, "--max-tokens-per-gpu", "4096")
+    shared, recipe = build(settings(model, *flags), tmp_path)
+    separate, other_recipe = build(settings(model, *flags, "--no-share-prompts"), tmp_path)
+    batches = everything(recipe._prepare(0, rollout()))
+    for ours, theirs in zip(
+        shared.log_probs(batches, "actor", entropy=False),
+        separate.log_probs(batches, "actor", entropy=False),
+        strict=True,
+    ):
+        assert (ours.log_probs - theirs.log_probs).abs().mean() < tolerance
+    ours, theirs = recipe.train(0, rollout()), other_recipe.train(0, rollout())
+    assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=tolerance)
+
+
+def test_a_critic_trains_beside_a_sleeping_actor(nccl_world: None, model: Path, tmp_path: Path) -> None:
+    args = settings(model, "--advantage-estimator", "ppo", "--critic-lr", "1e-3", "--normalize-advantages")
+    actor, recipe = build(args, tmp_path)
+    run = critic_settings(args)
+    backend = FSDPBackend(run, args, torch.device("cuda", 0), role="critic")
+    backend.load()
+    critic = CriticRecipe(backend, args, run, lambda name: contextlib.nullcontext())
+    batch = rollout()
+    losses = []
+    for step in range(4):
+        actor.sleep()
+        update = critic.train(step, batch)
+        losses.append(update.metrics["train/value_loss"])
+        actor.wake_up()
+        recipe.train(step, dataclasses.replace(batch, values=update.values))
+    assert losses[-1] < losses[0]
 
 
 def test_a_training_step_after_sleep_and_wake_up_equals_one_without(
