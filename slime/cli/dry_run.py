@@ -61,6 +61,11 @@ def _slots(args: Args) -> Iterator[tuple[str, str]]:
         "trainers",
         f"{args.num_trainers} ({args.actor_num_nodes} x {args.actor_num_gpus_per_node}), {args.train_backend}",
     )
+    if args.needs_critic:
+        yield (
+            "critic",
+            f"{args.num_critics}, in " + ("slots of its own" if args.has_critic_slots else "the trainers' slots"),
+        )
     if args.debug_train_only:
         yield "engines", "none (--debug-train-only)"
         return

@@ -56,6 +56,10 @@ def preflight(args: Args) -> Findings:
     num_prompts = _check_prompts(args) if args.rollout_global_dataset else None
     eval_sizes = dict(_check_eval_sets(args))
     _check_folders(args, model)
+    for name in ("ref_load", "critic_load", "opd_teacher_load"):
+        directory = getattr(args, name)
+        if directory is not None and not Path(directory).is_dir():
+            raise ConfigError(f"{flag_of(name)}: there is no directory {directory}.")
     if args.load is not None:
         _check_checkpoint(args.load, args.ckpt_step)
     if args.sglang_router_ip is not None and not args.debug_train_only:

@@ -112,3 +112,28 @@ def test_prompts_of_a_data_source_of_the_users_own_are_unknown(make_args: MakeAr
 
 class Source:
     """A data source that preflight knows nothing of."""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--ref-load", "nowhere"],
+        ["--advantage-estimator", "ppo", "--critic-load", "nowhere"],
+        ["--advantage-estimator", "on_policy_distillation", "--opd-teacher-load", "nowhere"],
+    ],
+)
+def test_a_model_that_is_not_there_is_named_with_its_flag(make_args: MakeArgs, flags: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"{flags[-2]}: there is no directory nowhere"):
+        preflight(make_args([ROW], "--rm-type", "random", *flags))
+
+
+def test_an_estimator_that_does_not_import_is_refused(make_args: MakeArgs) -> None:
+    with pytest.raises(ValueError, match="--advantage-estimator: plug-in 'my_algo.ESTIMATOR': cannot import 'my_algo'"):
+        preflight(make_args([ROW], "--rm-type", "random", "--advantage-estimator", "my_algo.ESTIMATOR"))
+
+
+def test_the_plan_says_where_the_critic_is(make_args: MakeArgs) -> None:
+    args = make_args([ROW], "--rm-type", "random", "--advantage-estimator", "ppo")
+    rows = [row for section in plan(args, preflight(args)) for row in section.rows]
+    assert ("critic", "1, in the trainers' slots") in rows
+    assert any("critic" in text for name, text in rows if name == "each trainer")
