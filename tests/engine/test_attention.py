@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slime.engine.embedded.attention import MIN_ROWS, PagedAttention
 from slime.engine.embedded.kv_cache import PAGE_SIZE, KVCache
-from slime.engine.embedded.plan import Batch, make_plan
+from slime.engine.embedded.plan import Batch, Limits, make_plan
 
 HEADS, HEAD_DIM, LAYERS = 2, 8, 2
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ class Sequences:
         starts, ends = (np.array([spans[name][side] for name in order]) for side in range(2))
         rows = np.array(order)
         batch = Batch([0] * int((ends - starts).sum()), rows, starts, ends, self.table)
-        plan = make_plan(batch, row_multiple=16, num_query_heads=HEADS * self.group, min_rows=MIN_ROWS, device=CPU)
+        plan = make_plan(batch, Limits(16, HEADS * self.group, MIN_ROWS, max_decode_pages=40), device=CPU)
         self.attention.plan = plan
         pieces = [self.tensors[name][:, :, slice(*spans[name])] for name in order]
         padding = torch.full((LAYERS, HEADS * (self.group + 2), len(plan.positions) - plan.num_tokens, HEAD_DIM), 7.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from helpers.tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
+from slime.engine.embedded import model_runner
 from slime.engine.embedded.args import ServerArgs
 from slime.engine.embedded.model_runner import ModelRunner, eos_token_ids
+from slime.engine.embedded.plan import Batch
 from slime.engine.embedded.refusal import Refused
 from slime.engine.embedded.request import Request
 from slime.engine.embedded.sampling_params import SamplingParams
@@ -96,13 +99,75 @@ def test_a_low_precision_model_is_served_and_not_called_exact(tmp_path: Path) ->
     assert load(tmp_path / "model", dtype="float32").is_exact
 
 
-def test_a_tiny_model_runs_in_one_thread_unless_told_otherwise(tiny_model: Path) -> None:
+def run(runner: ModelRunner) -> list[list[tuple[int, float]]]:
+    """Tokens and log-probabilities of several seeded requests, some of whose prompts go in chunks."""
+    scheduler = Scheduler(runner, max_running=16, chunk_size=64, reuse_prefixes=True)
+    requests = [
+        Request(
+            str(seed),
+            [4 + (seed * 7 + place) % 90 for place in range(3 + seed * 5)],
+            3 + seed * 5,
+            SamplingParams(max_new_tokens=8, ignore_eos=True),
+            seed=seed,
+            stop_tokens=frozenset(),
+            listener=lambda _: None,
+            return_logprob=True,
+            logprob_start_len=seed,
+        )
+        for seed in range(12)
+    ]
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_work:
+        scheduler.step()
+    assert all(request.error is None for request in requests)
+    inputs = [[(-1, item.log_prob or 0.0) for item in request.input_logprobs] for request in requests]
+    outputs = [list(zip(request.output_ids, request.output_logprobs, strict=True)) for request in requests]
+    return inputs + outputs
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe", "gemma2"])
+def test_shares_in_threads_compute_to_the_bit_what_one_does(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_model(tmp_path / "model", architecture, **SERVED.get(architecture, {}))
+    alone = run(load(folder, num_threads=1))
+    monkeypatch.setattr(model_runner, "MIN_SHARE_WORK", 1)
+    assert run(load(folder, num_threads=3)) == alone
+
+
+def test_a_share_that_fails_fails_the_pass_once_all_have_ended(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_runner, "MIN_SHARE_WORK", 1)
+    runner = load(tiny_model, num_threads=2)
+    forward, ended = runner._forward_share, []
+
+    def failing(batch: Batch, rows: list[int]) -> torch.Tensor:
+        logits = forward(batch, rows)
+        ended.append(threading.current_thread().name)
+        if threading.current_thread() is threading.main_thread():
+            raise RuntimeError("broken")
+        return logits
+
+    monkeypatch.setattr(runner, "_forward_share", failing)
+    with pytest.raises(RuntimeError, match="broken"):
+        run(runner)
+    assert len(ended) == 2
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 60])
+def test_the_operations_of_small_models_run_in_one_thread_of_large_ones_in_all(
+    limit: int, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = torch.get_num_threads()
+    monkeypatch.setattr(model_runner, "SMALL_MODEL_PARAMETERS", limit)
     try:
-        load(tiny_model, num_threads=2)
-        assert torch.get_num_threads() == 2
-        load(tiny_model)
-        assert torch.get_num_threads() == 1
+        runner = load(tiny_model, num_threads=2)
+        assert torch.get_num_threads() == (1 if limit else 2)
+        torch.set_num_threads(3)
+        runner.set_threads()
+        assert torch.get_num_threads() == (1 if limit else 2)
     finally:
         torch.set_num_threads(before)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from slime.engine.embedded import plan
 from slime.engine.embedded.kv_cache import PAGE_SIZE
-from slime.engine.embedded.plan import BLOCK_OVERHEAD, Batch, Plan, decode_ranges, make_plan, round_up_length
+from slime.engine.embedded.plan import BLOCK_OVERHEAD, Batch, Limits, Plan, decode_ranges, make_plan, round_up_length
 
 
 def cost(num_pages: list[int], ends: tuple[int, ...]) -> int:
@@ -51,7 +51,7 @@ def make_batch(spans: list[tuple[int, int]]) -> Batch:
 
 
 def make(batch: Batch) -> Plan:
-    return make_plan(batch, row_multiple=16, num_query_heads=4, min_rows=4, device=torch.device("cpu"))
+    return make_plan(batch, Limits(16, 4, 4, max_decode_pages=40), device=torch.device("cpu"))
 
 
 def attended(made: Plan, padding: int) -> list[tuple[int, int, int]]:
@@ -85,6 +85,17 @@ def test_every_token_attends_once_at_its_place(spans: list[tuple[int, int]], sma
         first += end - start
     assert attended(made, len(made.positions)) == expected
     assert made.positions[: made.num_tokens].tolist() == [position for _, position, _ in expected]
+
+
+def test_decode_blocks_read_few_pages_unless_that_leaves_few_sequences() -> None:
+    def sizes(length: int, max_pages: int) -> list[int]:
+        batch = make_batch([(length - 1, length)] * 33)
+        made = make_plan(batch, Limits(16, 4, 4, max_decode_pages=max_pages), device=torch.device("cpu"))
+        return [block.num_sequences for block in made.blocks]
+
+    assert sizes(2 * PAGE_SIZE, 66) == [33]
+    assert sizes(2 * PAGE_SIZE, 40) == [17, 16]
+    assert sizes(2 * PAGE_SIZE, 1) == [8, 8, 8, 8, 1]
 
 
 def test_keys_are_written_where_the_page_table_says() -> None:

@@ -51,11 +51,13 @@ class Admin:
     # reads
 
     async def health(self, _: HTTPRequest) -> Response:
-        """200 while the engine's thread answers."""
+        """200 unless the engine's thread is stuck."""
+        self._engine.check_alive(time.monotonic())
         return Response(status_code=200)
 
     async def health_generate(self, http: HTTPRequest) -> Response:
         """200 if a token can be generated now, or others are being generated."""
+        self._engine.check_alive(time.monotonic())
         if self._engine.scheduler.has_work:
             return Response(status_code=200)
         progress = Progress()

@@ -31,10 +31,13 @@ class ServerArgs:
     max_total_tokens: int | None = flag(None, "tokens that the key-value cache holds; default: by memory")
     mem_fraction_static: float = flag(0.3, "share of the free memory that the key-value cache may take")
     chunked_prefill_size: int = flag(2048, "most prompt tokens in one forward pass")
-    num_threads: int | None = flag(None, "CPU threads of the model; default: 1 for a tiny model, else torch's")
+    num_threads: int | None = flag(None, "CPU threads of the model; default: torch's")
     disable_radix_cache: bool = flag(False, "compute every prompt anew")
     enable_deterministic_inference: bool = flag(
         False, "one answer per seed whatever runs beside it; on by itself for float32 on a CPU"
+    )
+    watchdog_timeout: float = flag(
+        300.0, "seconds that one step, or one command, may take before /health answers that the engine is stuck"
     )
     weight_version: str = flag("default", "version reported until the first weight update names another")
     random_seed: int | None = flag(None, "seed of requests that bring none; default: drawn at start")
@@ -52,6 +55,8 @@ class ServerArgs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        if self.watchdog_timeout <= 0:
+            raise ValueError(f"--watchdog-timeout must be above 0, got {self.watchdog_timeout}.")
         if not 0.0 < self.mem_fraction_static < 1.0:
             raise ValueError(f"--mem-fraction-static must lie between 0 and 1, got {self.mem_fraction_static}.")
         if not 0 < self.port < 65536:

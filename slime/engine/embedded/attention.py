@@ -11,6 +11,7 @@ tokens at a time. Padded keys get weight 0, which adds exactly.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ MIN_ROWS = 4
 KEY_CHUNK = 128
 
 
-class PagedAttention:
-    """The attention function of one model; `plan` is set before each forward pass."""
+class PagedAttention(threading.local):
+    """The attention function of one model; `plan` is set before each forward pass. Every thread has one of its own."""
 
     def __init__(self, cache: KVCache, *, exact: bool) -> None:
         self.plan: Plan | None = None

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
@@ -50,6 +51,8 @@ class Engine:
         self.is_paused = False
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._busy_since: float | None = None
+        self._watchdog_timeout_s = args.watchdog_timeout
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -85,6 +88,15 @@ class Engine:
         reason = self.weights.reason_unusable()
         if reason is not None:
             raise EngineUnavailable(reason)
+
+    def check_alive(self, now: float) -> None:
+        """Raises EngineUnavailable if one step or command takes the thread too long; now: of time.monotonic()."""
+        since = self._busy_since
+        if since is not None and now - since > self._watchdog_timeout_s:
+            raise EngineUnavailable(
+                f"the engine's thread is stuck: one step or command has taken {now - since:.0f} s, "
+                f"--watchdog-timeout allows {self._watchdog_timeout_s:g} s"
+            )
 
     # commands, run in the engine's thread
 
@@ -154,11 +166,13 @@ class Engine:
         return self.scheduler.has_work and not self.is_paused and self.runner.cache.has_memory
 
     def _run(self) -> None:
+        self.runner.set_threads()
         try:
             with torch.inference_mode():
                 while not self._stopping:
                     self._run_commands()
                     if self._can_step:
+                        self._busy_since = time.monotonic()
                         self._step()
                     if news := self.scheduler.take_news():
                         self._report(news)
@@ -170,14 +184,16 @@ class Engine:
                 self._crashed()
 
     def _run_commands(self) -> None:
-        if not self._can_step:
-            self._commands.get()()
+        must_wait = not self._can_step
         while True:
+            self._busy_since = None
             try:
-                command = self._commands.get_nowait()
+                command = self._commands.get(block=must_wait)
             except queue.Empty:
                 return
+            self._busy_since = time.monotonic()
             command()
+            must_wait = False
 
     def _step(self) -> None:
         try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,23 @@ from slime.engine.embedded.args import ServerArgs
 from slime.engine.embedded.attention import MIN_ROWS, PagedAttention
 from slime.engine.embedded.experts import exact_experts
 from slime.engine.embedded.kv_cache import PAGE_SIZE, KVCache
-from slime.engine.embedded.plan import Batch, make_plan
+from slime.engine.embedded.plan import Batch, Limits, make_plan
 from slime.engine.embedded.refusal import Refused
+from slime.engine.embedded.shares import cut
 
 logger = logging.getLogger(__name__)
 
 ROW_MULTIPLE = 16
 """Rows of a pass and of logits are padded to a multiple: below about 12 a matrix product sums in another order."""
 
+KEY_BYTES = 2 << 20
+"""Keys and values that a CPU gathers for one decode block, so that they are still in its cache when they are used."""
+
 DEFAULT_CPU_CACHE_BYTES = 2 << 30
-TINY_MODEL_PARAMETERS = 8_000_000
+SMALL_MODEL_PARAMETERS = 8_000_000
+MIN_SHARE_WORK = 100_000_000
+"""Floating-point operations worth a thread of their own: a pass of any size has milliseconds of Python around it."""
+
 EXACT_EXPERTS = "slime_exact"
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -46,7 +55,12 @@ class ModelRunner:
         self.device = torch.device(_resolve_device(args.device))
         config = _load_config(args)
         self.model = _load_model(args, config, self.device)
-        _set_threads(args, self.model)
+        self._num_parameters = int(self.model.num_parameters(exclude_embeddings=True))
+        self._num_threads, self._max_shares = _threads_and_shares(args, self.model)
+        self.set_threads()
+        self._workers = ThreadPoolExecutor(
+            self._max_shares, thread_name_prefix="share", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self.text_config = self.model.config.get_text_config()
         self.dtype = self.model.dtype
         self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
@@ -54,7 +68,6 @@ class ModelRunner:
         self.is_exact = self.dtype == torch.float32 and (
             self.device.type == "cpu" or args.enable_deterministic_inference
         )
-        self._num_query_heads = int(self.text_config.num_attention_heads)
         self._takes_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._attention_name = f"slime_paged_{next(_attention_names)}"
         self.use_cache(self._make_cache(args))
@@ -63,16 +76,32 @@ class ModelRunner:
             self.model.set_experts_implementation(EXACT_EXPERTS)
         self.check_attention()
 
+    def set_threads(self) -> None:
+        """Sets the CPU threads of operations, for the calling thread: OpenMP keeps a number for each that calls it."""
+        torch.set_num_threads(self._num_threads)
+
     @torch.inference_mode()
     def forward(self, batch: Batch, rows: list[int]) -> Tensor:
         """Runs a batch and returns float32 logits [R, V] of the tokens of the pass numbered by `rows`."""
-        plan = make_plan(
-            batch,
-            row_multiple=ROW_MULTIPLE,
-            num_query_heads=self._num_query_heads,
-            min_rows=MIN_ROWS,
-            device=self.device,
-        )
+        work = 2 * self._num_parameters * len(batch.tokens)
+        count = min(self._max_shares, len(batch.rows), work // MIN_SHARE_WORK)
+        if count <= 1:
+            return self._forward_share(batch, rows)
+        shares = cut(batch, rows, count)
+        others = [self._workers.submit(self._forward_share, share.batch, share.rows) for share in shares[1:]]
+        try:
+            parts = [self._forward_share(shares[0].batch, shares[0].rows)]
+        finally:
+            wait(others)
+        parts += [other.result() for other in others]
+        logits = parts[0].new_empty(len(rows), parts[0].shape[1])
+        for share, part in zip(shares, parts, strict=True):
+            logits[torch.from_numpy(share.places).to(self.device)] = part
+        return logits
+
+    @torch.inference_mode()
+    def _forward_share(self, batch: Batch, rows: list[int]) -> Tensor:
+        plan = make_plan(batch, self._limits, device=self.device)
         self._attention.plan = plan
         input_ids = torch.tensor([batch.tokens + [0] * (len(plan.positions) - plan.num_tokens)], device=self.device)
         kept = torch.tensor(rows + [0] * (-len(rows) % ROW_MULTIPLE), dtype=torch.long, device=self.device)
@@ -87,6 +116,13 @@ class ModelRunner:
     def use_cache(self, cache: KVCache) -> None:
         """Puts another cache in the place of the one made at the start."""
         self.cache = cache
+        page_bytes = cache.num_bytes // (cache.num_pages * int(self.text_config.num_hidden_layers))
+        self._limits = Limits(
+            row_multiple=ROW_MULTIPLE,
+            num_query_heads=int(self.text_config.num_attention_heads),
+            min_rows=MIN_ROWS,
+            max_decode_pages=max(1, KEY_BYTES // page_bytes) if self.device.type == "cpu" else sys.maxsize,
+        )
         self._attention = PagedAttention(cache, exact=self.is_exact)
         ALL_ATTENTION_FUNCTIONS.register(self._attention_name, self._attention)
 
@@ -177,16 +213,21 @@ def _load_model(args: ServerArgs, config: Any, device: torch.device) -> PreTrain
     return model.eval().to(device)
 
 
-def _set_threads(args: ServerArgs, model: PreTrainedModel) -> None:
-    """Sets the CPU threads: as asked, else one for a tiny model.
+def _threads_and_shares(args: ServerArgs, model: PreTrainedModel) -> tuple[int, int]:
+    """How many CPU threads compute an operation, and how many compute shares of a pass.
 
-    A second thread speeds a tiny model up by a quarter on an idle machine; where trainers and routers run beside it,
-    waiting for that thread at every operation slows it down tenfold.
+    A small model's operations run in one thread each, and its passes in shares; those of a large one, which would read
+    all weights once a share, in all threads.
     """
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
-    elif model.num_parameters(exclude_embeddings=True) < TINY_MODEL_PARAMETERS:
-        torch.set_num_threads(1)
+    num_threads = args.num_threads or torch.get_num_threads()
+    return (1, num_threads) if model.device.type == "cpu" and _can_share(model) else (num_threads, 1)
+
+
+def _can_share(model: PreTrainedModel) -> bool:
+    """Whether a model is small, and no module of it changes with the positions of a pass (as some rotary ones)."""
+    rope_types = {str(getattr(module, "rope_type", "")) for module in model.modules()}
+    is_pure = not any("dynamic" in kind or "longrope" in kind for kind in rope_types)
+    return is_pure and model.num_parameters(exclude_embeddings=True) < SMALL_MODEL_PARAMETERS
 
 
 def _context_length(args: ServerArgs, config: Any) -> int:

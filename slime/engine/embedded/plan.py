@@ -6,6 +6,7 @@ tokens each over K cached tokens, a multiple of P.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -17,6 +18,12 @@ from slime.engine.embedded.kv_cache import DUMMY_PAGE, PAGE_SIZE
 
 MAX_SCORES = 1 << 22
 """Attention scores of one block at most: 16 MiB in float32, about what a CPU keeps in its cache."""
+
+QUERY_BLOCK = 64
+"""Queries of one sequence in a block at most: of the rectangle, what they must not see is computed in vain."""
+
+MIN_DECODES = 8
+"""Sequences of a decode block, where there are so many: fewer cost more in overhead than they can save."""
 
 BLOCK_OVERHEAD = 40
 """What one more block costs in a forward pass, in pages read (measured with a tiny model)."""
@@ -78,15 +85,26 @@ class Plan:
     blocks: list[Block]
 
 
-def make_plan(batch: Batch, *, row_multiple: int, num_query_heads: int, min_rows: int, device: torch.device) -> Plan:
-    """The plan of a pass over a batch, padded to a multiple of tokens.
+@dataclass(frozen=True)
+class Limits:
+    """What a model and a device ask of a plan.
 
-    num_query_heads: bounds the memory of scores. min_rows: queries that a prefill block has at least.
+    row_multiple: the pass's tokens are padded to one. num_query_heads: bounds the memory of scores. min_rows: queries
+    that a prefill block has at least. max_decode_pages: pages that a decode block gathers, unless MIN_DECODES are more.
     """
+
+    row_multiple: int
+    num_query_heads: int
+    min_rows: int
+    max_decode_pages: int
+
+
+def make_plan(batch: Batch, limits: Limits, *, device: torch.device) -> Plan:
+    """The plan of a pass over a batch."""
     lengths = batch.ends - batch.starts
     firsts = np.cumsum(lengths) - lengths
     num_tokens = len(batch.tokens)
-    padded = num_tokens + -num_tokens % row_multiple
+    padded = num_tokens + -num_tokens % limits.row_multiple
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     positions = np.zeros(padded, dtype=np.int64)
     positions[:num_tokens] = np.arange(num_tokens) - firsts[sequence] + batch.starts[sequence]
@@ -97,11 +115,11 @@ def make_plan(batch: Batch, *, row_multiple: int, num_query_heads: int, min_rows
     num_pages = -(-batch.ends // PAGE_SIZE)
     to_device = _ToDevice(device)
     blocks = []
-    for start, end in decode_ranges(num_pages[:num_decodes].tolist()):
+    for start, end in _cut_ranges(num_pages[:num_decodes].tolist(), limits.max_decode_pages):
         pages = batch.page_table[batch.rows[start:end], : num_pages[end - 1]]
         blocks.append(_block(slice(start, end), pages, batch.starts[start:end, None], to_device))
-    for group in _prefill_groups(firsts, batch, num_decodes, num_query_heads):
-        blocks.append(_prefill_block(group, batch, padded, min_rows, to_device))
+    for group in _prefill_groups(firsts, batch, num_decodes, limits.num_query_heads):
+        blocks.append(_prefill_block(group, batch, padded, limits.min_rows, to_device))
     return Plan(num_tokens, to_device(positions), to_device(slots), blocks)
 
 
@@ -144,6 +162,16 @@ def decode_ranges(num_pages: list[int]) -> list[tuple[int, int]]:
     return ranges[::-1]
 
 
+def _cut_ranges(num_pages: list[int], max_pages: int) -> list[tuple[int, int]]:
+    """The decode ranges, cut evenly so that each reads at most so many pages, or MIN_DECODES sequences."""
+    ranges = []
+    for start, end in decode_ranges(num_pages):
+        count = -(-(end - start) * num_pages[end - 1] // max_pages)
+        step = max(MIN_DECODES, -(-(end - start) // count))
+        ranges += [(first, min(first + step, end)) for first in range(start, end, step)]
+    return ranges
+
+
 @dataclass(slots=True)
 class _Chunk:
     """Tokens [first, first + length) of the pass, at `position` of the sequence with page-table row `row`."""
@@ -163,10 +191,12 @@ def _prefill_groups(firsts: np.ndarray, batch: Batch, num_decodes: int, num_quer
     groups: dict[tuple[int, int], list[_Chunk]] = {}
     for index in range(num_decodes, len(firsts)):
         first, start, end, row = (int(array[index]) for array in (firsts, batch.starts, batch.ends, batch.rows))
-        step = max(1, MAX_SCORES // (-(-end // PAGE_SIZE) * PAGE_SIZE * num_query_heads))
-        for position in range(start, end, step):
-            chunk = _Chunk(first + position - start, min(step, end - position), position, row)
-            groups.setdefault((round_up_length(chunk.length), round_up_length(chunk.num_pages)), []).append(chunk)
+        step = min(QUERY_BLOCK, max(1, MAX_SCORES // (-(-end // PAGE_SIZE) * PAGE_SIZE * num_query_heads)))
+        cuts = [start, *range((start // step + 1) * step, end, step), end]
+        for position, stop in itertools.pairwise(cuts):
+            chunk = _Chunk(first + position - start, stop - position, position, row)
+            key = (_round_up_queries(chunk.length), round_up_length(chunk.num_pages))
+            groups.setdefault(key, []).append(chunk)
     limited = []
     for (num_queries, num_pages), group in groups.items():
         count = max(1, MAX_SCORES // (num_queries * num_pages * PAGE_SIZE * num_query_heads))
@@ -174,9 +204,14 @@ def _prefill_groups(firsts: np.ndarray, batch: Batch, num_decodes: int, num_quer
     return limited
 
 
+def _round_up_queries(length: int) -> int:
+    """The next power of two: few sizes, so that many chunks share a block."""
+    return 1 << (length - 1).bit_length()
+
+
 def _prefill_block(group: list[_Chunk], batch: Batch, padding_token: int, min_rows: int, to_device: _ToDevice) -> Block:
     num_pages = max(chunk.num_pages for chunk in group)
-    num_queries = max(min_rows, round_up_length(max(chunk.length for chunk in group)))
+    num_queries = max(min_rows, _round_up_queries(max(chunk.length for chunk in group)))
     fields = np.array([(chunk.first, chunk.length, chunk.position, chunk.row) for chunk in group])
     first, length, position, row = (fields[:, column, None] for column in range(4))
     offset = np.arange(num_queries)[None]

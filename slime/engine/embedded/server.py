@@ -33,6 +33,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until uvicorn takes over
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_matrix_products_reproducible()
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # threads that spin starve those they wait for on a busy machine
     try:
         _check_folders(args)
         listener = _listen(args.host, args.port)
