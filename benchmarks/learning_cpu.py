@@ -110,8 +110,8 @@ def main() -> None:
     directories = {seed: options.output / f"seed-{seed}" for seed in options.seeds}
     # Distillation last: its teacher is what GRPO left.
     ordered = sorted(options.estimators, key=lambda name: (name == "on_policy_distillation", name != "grpo"))
+    files = {seed: warm_start(directory, seed) for seed, directory in directories.items()}
     with ThreadPoolExecutor(options.jobs) as pool:
-        files = dict(zip(options.seeds, pool.map(warm_start, directories.values(), options.seeds), strict=True))
         students = [name for name in ordered if name == "on_policy_distillation"]
         for wave in (ordered[: len(ordered) - len(students)], students):
             jobs = [(name, seed) for name in wave for seed in options.seeds]

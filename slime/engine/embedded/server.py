@@ -30,12 +30,12 @@ def main() -> None:
     """Serves as the command line says; a refusal is one sentence on stderr and exit code 1."""
     args = parse_server_args()
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until uvicorn takes over
+    for number in (signal.SIGTERM, signal.SIGINT):  # until uvicorn takes over, and again when it has ended
+        signal.signal(number, lambda *_: os._exit(0))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_matrix_products_reproducible()
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # threads that spin starve those they wait for on a busy machine
+    # Threads that spin starve those they wait for on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         _check_folders(args)
         listener = _listen(args.host, args.port)
