@@ -22,6 +22,7 @@ from slime.ray.actors import CONTROL, LIFETIME
 from slime.ray.watchdog import thread_stacks, wait_for_the_end
 from slime.utils.http_utils import find_free_port
 from slime.utils.logging import configure_logging
+from slime.utils.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,7 @@ class TrainActor:
 
     def __init__(self, args: Args, rank: int, run_dir: str, role: Role) -> None:
         configure_logging(args.log_level)
+        keep_freed_memory()
         self.args = args
         self.rank = rank
         self.run_dir = Path(run_dir)

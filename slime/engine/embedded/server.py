@@ -15,6 +15,7 @@ from pathlib import Path
 
 from slime.engine.embedded.args import ServerArgs, parse_server_args
 from slime.engine.embedded.refusal import Refused
+from slime.utils.malloc import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def main() -> None:
         signal.signal(number, lambda *_: os._exit(0))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_matrix_products_reproducible()
+    keep_freed_memory()
     # Threads that spin starve those they wait for on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
