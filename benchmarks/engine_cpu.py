@@ -1,9 +1,10 @@
 """The embedded engine over HTTP against `model.generate` on one padded batch: same model, prompts, threads, run.
 
-    python -m benchmarks.engine_cpu [--threads 1 2] [--hidden 128] [--requests 128] [--new-tokens 64] [--rounds 5]
+    python -m benchmarks.engine_cpu [--threads 1 2] [--lengths long-tailed uniform] [--hidden 128] [--rounds 5]
 
-Prints a table for each number of threads: tokens/s, time to the first token, and peak memory of the process that holds
-the model. Prompts are of uniform random length, 16 to 512 tokens, from a fixed seed; none shares a prefix with another.
+Prints a table for each number of threads and mix of lengths: tokens/s, time to the first token, and peak memory of the
+process that holds the model. Prompts have 16 to 512 tokens, from a fixed seed, and none shares a prefix with another:
+`long-tailed` is log-normal around 96, as problems of GSM8K or MATH are; `uniform` wastes less of a padded batch.
 Both sides sample at temperature 1 and return what a rollout needs: tokens, and for the engine their log-probabilities
 as well. The sides run in turn, after a round each that does not count; the ratio is the median of the rounds' ratios.
 `generate` answers nobody before the last token is drawn, so its time to the first token is the whole time.
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
+import math
 import multiprocessing
 import os
 import random
@@ -22,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -36,6 +39,19 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 120.0
+
+
+def long_tailed(generator: random.Random, shortest: int, longest: int) -> int:
+    """Log-normal around 96 tokens, two thirds between 50 and 184, cut to the bounds."""
+    return min(longest, max(shortest, round(generator.lognormvariate(math.log(96), 0.65))))
+
+
+def uniform(generator: random.Random, shortest: int, longest: int) -> int:
+    """Any length within the bounds alike."""
+    return generator.randint(shortest, longest)
+
+
+LENGTHS: dict[str, Callable[[random.Random, int, int], int]] = {"long-tailed": long_tailed, "uniform": uniform}
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ def main() -> None:
     """Runs both sides and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--requests", type=int, default=128)
@@ -66,11 +83,13 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, args.hidden, args.layers)
-        prompts = make_prompts(args.requests, args.shortest, args.longest)
-        for threads in args.threads:
+        for lengths, threads in itertools.product(args.lengths, args.threads):
+            prompts = make_prompts(args.requests, args.shortest, args.longest, lengths)
             ours, theirs, memory = measure(folder, prompts, args.new_tokens, threads=threads, rounds=args.rounds)
             size = f"Qwen3 hidden {args.hidden}, {args.layers} layers, {threads} thread(s)"
-            load = f"{len(prompts)} prompts of {args.shortest}-{args.longest} tokens, {args.new_tokens} new"
+            mean = sum(map(len, prompts)) / len(prompts)
+            spread = f"{args.shortest}-{args.longest} tokens ({lengths}, mean {mean:.0f})"
+            load = f"{len(prompts)} prompts of {spread}, {args.new_tokens} new"
             print_table(f"{size}; {load}", ours, theirs, memory)
 
 
@@ -84,11 +103,11 @@ def make_model(folder: str, hidden: int, layers: int) -> None:
     make_tiny_model(folder, "qwen3", **sizes, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4))
 
 
-def make_prompts(count: int, shortest: int, longest: int) -> list[list[int]]:
-    """Random prompts of uniform random length; one is the longest."""
+def make_prompts(count: int, shortest: int, longest: int, lengths: str) -> list[list[int]]:
+    """Random prompts whose lengths are drawn as `LENGTHS[lengths]` does; one is the longest."""
     generator = random.Random(0)
-    lengths = [longest] + [generator.randint(shortest, longest) for _ in range(count - 1)]
-    return [[generator.randrange(4, 320) for _ in range(length)] for length in lengths]
+    drawn = (LENGTHS[lengths](generator, shortest, longest) for _ in range(count - 1))
+    return [[generator.randrange(4, 320) for _ in range(length)] for length in [longest, *drawn]]
 
 
 def measure(

@@ -42,9 +42,9 @@ class Sequences:
         shape = (LAYERS, HEADS * (group + 2))
         self.tensors = [torch.randn(*shape, length, HEAD_DIM, generator=generator) for length in lengths]
         self.group = group
-        self.cache = KVCache(LAYERS, HEADS, HEAD_DIM, num_tokens=4096, dtype=torch.float32, device=CPU)
+        self.cache = KVCache(LAYERS, HEADS, HEAD_DIM, num_tokens=256 * PAGE_SIZE, dtype=torch.float32, device=CPU)
         width = -(-max(lengths) // PAGE_SIZE)
-        pages = torch.randperm(255, generator=generator)[: width * len(lengths)] + 1
+        pages = torch.randperm(self.cache.num_pages - 1, generator=generator)[: width * len(lengths)] + 1
         self.table = pages.view(len(lengths), width).numpy()
         self.attention = PagedAttention(self.cache, exact=exact)
 

@@ -99,10 +99,11 @@ def test_decode_blocks_read_few_pages_unless_that_leaves_few_sequences() -> None
 
 
 def test_keys_are_written_where_the_page_table_says() -> None:
-    made = make(make_batch([(20, 21), (14, 18)]))
+    made = make(make_batch([(PAGE_SIZE + 4, PAGE_SIZE + 5), (PAGE_SIZE - 2, PAGE_SIZE + 2)]))
     page = {row: [row * 2 + 1, row * 2 + 2] for row in range(2)}
     expected = [page[0][1] * PAGE_SIZE + 4] + [
-        page[1][position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE for position in range(14, 18)
+        page[1][position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+        for position in range(PAGE_SIZE - 2, PAGE_SIZE + 2)
     ]
     assert made.slots[:5].tolist() == expected
     assert set(made.slots[5:].tolist()) == {0}

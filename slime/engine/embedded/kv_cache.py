@@ -5,12 +5,17 @@ Legend: L layers, H key-value heads, D head dimension, P page size, N pages.
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 import torch
 from torch import Tensor
 
-PAGE_SIZE = 16
-"""Tokens in a page. Lengths padded to whole pages are whole vectors of every CPU, which exactness rests on."""
+PAGE_SIZE = 32
+"""Tokens in a page. Lengths padded to whole pages are whole vectors of every CPU, which exactness rests on.
+
+A CPU reads scattered pages of 32 almost twice as fast as of 16, and of 64 no faster.
+"""
 
 DUMMY_PAGE = 0
 """Never handed out: padding tokens write here."""
@@ -39,7 +44,9 @@ class KVCache:
         self._pool: Tensor | None = None
         self._layers: tuple[Tensor, ...] = ()
         self._references = np.zeros(self.num_pages, dtype=np.int32)
-        self._free = list(range(self.num_pages - 1, DUMMY_PAGE, -1))
+        self._free = list(
+            range(DUMMY_PAGE + 1, self.num_pages)
+        )  # a heap: neighbours are read faster than scattered pages
         self._highest_used = 0
         self.allocate_memory()
 
@@ -84,7 +91,7 @@ class KVCache:
         """`count` pages with one reference each. Raises OutOfPages and takes none where fewer are free."""
         if count > len(self._free):
             raise OutOfPages(f"{count} pages wanted, {len(self._free)} free")
-        pages = [self._free.pop() for _ in range(count)]
+        pages = [heapq.heappop(self._free) for _ in range(count)]
         for page in pages:
             self._references[page] = 1
             self._highest_used = max(self._highest_used, page)
@@ -100,7 +107,7 @@ class KVCache:
         for page in pages:
             self._references[page] -= 1
             if self._references[page] == 0:
-                self._free.append(page)
+                heapq.heappush(self._free, page)
 
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         """Copies the keys and values of pages, in all layers."""

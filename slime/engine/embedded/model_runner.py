@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 ROW_MULTIPLE = 16
 """Rows of a pass and of logits are padded to a multiple: below about 12 a matrix product sums in another order."""
 
-KEY_BYTES = 2 << 20
+KEY_BYTES = 4 << 20
 """Keys and values that a CPU gathers for one decode block, so that they are still in its cache when they are used."""
 
 DEFAULT_CPU_CACHE_BYTES = 2 << 30

@@ -25,7 +25,7 @@ QUERY_BLOCK = 64
 MIN_DECODES = 8
 """Sequences of a decode block, where there are so many: fewer cost more in overhead than they can save."""
 
-BLOCK_OVERHEAD = 40
+BLOCK_OVERHEAD = 20
 """What one more block costs in a forward pass, in pages read (measured with a tiny model)."""
 
 
