@@ -2,7 +2,8 @@
 
 For every seed one warm start, then one run an estimator from it. Distillation's teacher is the model that GRPO left
 for the same seed, a model tag of the trainer. Prints held-out accuracy before and after, the rollouts until it first
-stood at 0.8, and for PPO what the critic explained of the returns in the last rollout; draws the curves.
+stood at 0.8, and for PPO what the critic explained of the returns in the last rollout; draws the curves. A second call
+with the same --output goes on where the first was stopped.
 
     python -m benchmarks.learning_cpu [--seeds 0 1 2] [--estimators grpo ppo ...] [--jobs 2] [--picture FILE]
 """
@@ -40,15 +41,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def train(directory: Path, name: str, settings: dict[str, Any]) -> Path:
-    """One run in a process of its own. Returns its run directory."""
-    config = directory / f"{name}.yaml"
-    config.write_text(yaml.safe_dump(settings, sort_keys=False))
+    """One run in a process of its own, unless it has ended before with these settings. Returns its run directory."""
+    config, done_with = directory / f"{name}.yaml", directory / f"{name}.done"
     log = directory / f"{name}.log"
+    text = yaml.safe_dump(settings, sort_keys=False)
+    if done_with.is_file() and done_with.read_text() == text:
+        return Path(settings["save"])
+    config.write_text(text)
     with log.open("w") as file:
         command = [sys.executable, "-m", "slime.cli.main", "train", "--config", str(config)]
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=1200)
     if done.returncode != 0:
         sys.exit(f"{name} failed:\n{log.read_text()[-3000:]}")
+    done_with.write_text(text)
     return Path(settings["save"])
 
 

@@ -75,6 +75,9 @@ class AlgorithmConfig(Group):
     )
     entropy_coef: float = arg(0.0, "Weight of the entropy bonus.")
     use_rollout_logprobs: bool = arg(False, "Take the engine's log-probs as those of the old policy.")
+    use_rollout_entropy: bool = arg(
+        False, "Compute the old policy's entropy before the update, for --custom-advantage-function-path."
+    )
     keep_old_actor: bool = arg(False, "Old log-probs come from a copy of the weights that the engines sample with.")
     use_opsm: bool = arg(False, "Leave out sequences of negative advantage that the policy has moved away from.")
     opsm_delta: float = arg(1e-4, "KL of a sequence, a token, above which it is left out.")
@@ -93,6 +96,11 @@ class AlgorithmConfig(Group):
     get_mismatch_metrics: bool = arg(True, "Report how far the trainer's log-probs are from the engine's.")
     use_opd: bool = arg(False, "Subtract the KL to a teacher from the advantages of any estimator.")
     opd_kl_coef: float = arg(1.0, "Weight of that KL.")
+    opd_type: Literal["sglang", "megatron"] | None = arg(
+        None,
+        "Where the teacher is: behind an engine's URL (sglang), or a model of the trainer, whatever --train-backend "
+        "(megatron) (default: the trainer's with --opd-teacher-load).",
+    )
     opd_teacher_load: str | None = arg(
         None, "The teacher as a model of the trainer: its Hugging Face directory or checkpoint folder."
     )
@@ -147,6 +155,7 @@ class AlgorithmConfig(Group):
     def needs_old_log_probs(self) -> bool:
         """Whether the old policy's log-probs are wanted even where the policy has not moved since sampling."""
         compared = self.kl_coef > 0 or self.needs_teacher or self.custom_advantage_function_path is not None
+        compared = compared or self.use_rollout_entropy
         return self.is_policy_loss and (compared or self.keep_old_actor or self.loss_type == "custom_loss")
 
     @property

@@ -202,6 +202,18 @@ def _combinations(config: RunConfig) -> None:
         "--opd-teacher-load has no effect without --use-opd or --advantage-estimator on_policy_distillation.",
     )
     _require(
+        config.opd_type is None or config.needs_teacher,
+        "--opd-type has no effect without --use-opd or --advantage-estimator on_policy_distillation.",
+    )
+    _require(
+        config.opd_type is None or (config.opd_type == "megatron") == (config.opd_teacher_load is not None),
+        "--opd-type megatron and --opd-teacher-load go together; with --opd-type sglang the rollout asks the teacher.",
+    )
+    _require(
+        not (config.use_rollout_entropy and config.use_rollout_logprobs),
+        "--use-rollout-entropy computes what --use-rollout-logprobs leaves out: choose one.",
+    )
+    _require(
         config.needs_critic or not config.has_critic_slots,
         "--critic-num-nodes and --critic-num-gpus-per-node need --advantage-estimator ppo, which has a critic.",
     )

@@ -40,6 +40,7 @@ class PackedBatch:
     old_log_probs: Tensor | None = None  # float32 [T]
     ref_log_probs: Tensor | None = None  # float32 [T]
     teacher_log_probs: Tensor | None = None  # float32 [T]
+    entropy: Tensor | None = None  # float32 [T], the old policy's
     values: Tensor | None = None  # float32 [T], the critic's before the update
     advantages: Tensor | None = None  # float32 [T]
     returns: Tensor | None = None  # float32 [T], what the critic should have said

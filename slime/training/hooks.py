@@ -17,6 +17,7 @@ _FIELDS = {
     "ref_log_probs": "ref_log_probs",
     "rollout_log_probs": "rollout_log_probs",
     "teacher_log_probs": "teacher_log_probs",
+    "entropy": "entropy",
     "values": "values",
     "kl": "kl",
     "advantages": "advantages",

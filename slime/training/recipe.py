@@ -120,10 +120,14 @@ class Recipe:
                 batch.kl = kl_estimate(batch.old_log_probs, batch.ref_log_probs, cfg.kl_loss_type)
 
     def _attach(self, batches: list[PackedBatch], model: ModelTag, field: str) -> None:
-        with self.phase("log_probs" if model.endswith("actor") else f"{model}_log_probs"):
-            outputs = self.backend.log_probs(batches, model, entropy=False)
+        is_policy = model.endswith("actor")
+        with self.phase("log_probs" if is_policy else f"{model}_log_probs"):
+            entropy = is_policy and self.algorithm.use_rollout_entropy
+            outputs = self.backend.log_probs(batches, model, entropy=entropy)
         for micro_batch, output in zip(batches, outputs, strict=True):
             setattr(micro_batch, field, output.log_probs.to(micro_batch.loss_mask.device))
+            if output.entropy is not None:
+                micro_batch.entropy = output.entropy.to(micro_batch.loss_mask.device)
 
     def _attach_advantages(self, batch: TrainBatch, steps: Steps) -> dict[str, float]:
         """Returns `rollout/*` metrics of all that is known before the update, weighted as the loss is."""
@@ -193,6 +197,7 @@ def _reported(batch: PackedBatch) -> dict[str, Tensor]:
         "ref_log_probs": batch.ref_log_probs,
         "teacher_log_probs": batch.teacher_log_probs,
         "rollout_log_probs": batch.rollout_log_probs,
+        "entropy": batch.entropy,
         "values": batch.values,
         "advantages": batch.advantages,
         "returns": batch.returns,

@@ -187,6 +187,9 @@ def advantages(args, rollout_data):
     rollout_data["advantages"] = [score * torch.ones(length) for score, length in scores]
     rollout_data["returns"] = rollout_data["advantages"]
 
+def entropies(args, rollout_data):
+    rollout_data["advantages"] = rollout_data["returns"] = rollout_data["entropy"]
+
 def no_advantages(args, rollout_data):
     pass
 
@@ -228,6 +231,14 @@ def test_a_custom_advantage_function_sets_advantages(plugins: str, model: Path, 
     assert_close(ours[1], plain[1])
     with pytest.raises(ValueError, match=r"did not set rollout_data\['advantages'\]"):
         train(model, tmp_path, batch, custom_advantage_function_path=f"{plugins}.no_advantages")
+
+
+def test_the_old_policy_s_entropy_reaches_an_advantage_function(plugins: str, model: Path, tmp_path: Path) -> None:
+    path = f"{plugins}.entropies"
+    settings = {"custom_advantage_function_path": path, "use_rollout_entropy": True} | STEADY
+    metrics, _ = train(model, tmp_path, batch_of(), num_steps_per_rollout=1, **settings)
+    assert metrics["rollout/advantages"] == metrics["rollout/entropy"]
+    assert metrics["rollout/entropy"] == pytest.approx(metrics["train/entropy_loss"], rel=1e-5)
 
 
 def test_a_custom_reducer_replaces_the_mean_of_the_policy_loss(plugins: str, model: Path, tmp_path: Path) -> None:
