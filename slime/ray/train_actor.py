@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from slime.arguments import Args
 from slime.config.run import critic_settings
 from slime.data.batch import Array, TrainBatch
 from slime.engine.client import EngineClient
+from slime.observability.flops import training_flops
 from slime.observability.timer import PhaseTimer
 from slime.ray.actors import CONTROL, LIFETIME
 from slime.ray.watchdog import thread_stacks, wait_for_the_end
@@ -108,6 +110,7 @@ class TrainActor:
         from slime.training.recipe import Recipe
         from slime.weight_sync.disk import DiskTransport
 
+        self._model_config = json.loads((Path(self.args.hf_checkpoint) / "config.json").read_text())
         dump_dir = self.run_dir / "skipped_steps"
         self.recipe = Recipe(self.backend, self.args, self.args, dump_dir=dump_dir, phase=self.timer.phase)
         self.transport = DiskTransport(weights_dir, assets=self.args.hf_checkpoint, is_writer=self.is_reporter)
@@ -129,8 +132,15 @@ class TrainActor:
             metrics = self.recipe.train(rollout_id, dataclasses.replace(batch, values=values))
         times = self.timer.collect()
         self._begin_wait(rollout_id + 1)
-        num_tokens = float(batch.total_lengths.sum())
-        return metrics | times | {"perf/actor_train_tok_per_s": num_tokens / times["perf/actor_train_time"]}
+        return metrics | times | self._speed(batch, times["perf/actor_train_time"])
+
+    def _speed(self, batch: TrainBatch, seconds: float) -> dict[str, float]:
+        """Tokens a second of all ranks, and the model's operations a second of each, in 10^12."""
+        speed = {"perf/actor_train_tok_per_s": float(batch.total_lengths.sum()) / seconds}
+        flops = training_flops(self._model_config, batch.total_lengths, batch.response_lengths)
+        if flops is not None:
+            speed["perf/actor_train_tflops"] = flops / self.args.num_trainers / seconds / 1e12
+        return speed
 
     def token_kl(self, rollout_id: int, batch: TrainBatch) -> ObjectRef | None:
         """The policy's KL to the reference, one number a response token, in the object store; the reporter's only."""

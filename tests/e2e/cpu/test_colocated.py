@@ -16,6 +16,7 @@ DOCUMENTED_METRICS = {
         "rollout/response_len/median", "rollout/response_len/max", "rollout/response_len/min", "perf/rollout_time",
         "perf/tokens_per_gpu_per_sec", "perf/longest_sample_tokens_per_sec", "perf/step_time", "perf/train_time",
         "perf/update_weights_time", "perf/actor_train_time", "perf/actor_train_tok_per_s", "perf/train_wait_time",
+        "perf/actor_train_tflops",
         "perf/wait_time_ratio",
     },
     "train/step": {
