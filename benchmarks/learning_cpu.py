@@ -2,8 +2,9 @@
 
 For every seed one warm start, then one run an estimator from it. Distillation's teacher is the model that GRPO left
 for the same seed, a model tag of the trainer. Prints held-out accuracy before and after, the rollouts until it first
-stood at 0.8, and for PPO what the critic explained of the returns in the last rollout; draws the curves. A second call
-with the same --output goes on where the first was stopped.
+stood at 0.8, and for PPO what the critic explained of the returns' variance in its best rollout (where all answers are
+right there is none to explain); draws the curves. A second call with the same --output goes on where the first one was
+stopped.
 
     python -m benchmarks.learning_cpu [--seeds 0 1 2] [--estimators grpo ppo ...] [--jobs 2] [--picture FILE]
 """
@@ -35,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cispo": {"eps_clip": 1.0, "eps_clip_high": 1.0},
     "reinforce_plus_plus": {"normalize_advantages": True},
     "reinforce_plus_plus_baseline": {"normalize_advantages": True},
-    "ppo": {"normalize_advantages": True, "lambd": 0.95, "critic_lr": 1e-3, "num_critic_only_steps": 1},
+    "ppo": {"normalize_advantages": True, "lambd": 0.95, "critic_lr": 3e-3, "num_critic_only_steps": 8},
     "on_policy_distillation": {},
 }
 
@@ -134,7 +135,7 @@ def main() -> None:
             " ".join(f"{curve.values[0]:.2f}" for curve in curves[name]),
             " ".join(f"{curve.values[-1]:.2f}" for curve in curves[name]),
             " ".join(str(steps_to(curve) or "-") for curve in curves[name]),
-            " ".join(f"{series.values[-1]:.2f}" for series in explained if series is not None),
+            " ".join(f"{max(series.values):.2f}" for series in explained if series is not None),
         )
     draw(curves, options.picture or options.output / "learning.png")
     Console(width=110).print(table)
