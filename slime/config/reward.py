@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slime.config.base import Group, arg, check, check_positive
+from slime.config.base import Group, arg, check, check_not_negative, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,11 @@ class RewardConfig(Group):
     reward_key: str | None = arg(None, "Entry to train on where rewards are dicts.")
     eval_reward_key: str | None = arg(None, "Entry to report in evaluation (default: --reward-key).")
     rm_timeout_s: float = arg(600.0, "Deadline of one reward call, in seconds.")
+    rm_num_workers: int | None = arg(
+        None,
+        "Processes for reward functions that are not async (default: one a CPU, at least 4); 0: threads of the rollout "
+        "process, which a function that never lets go of the interpreter stops.",
+    )
     max_failed_fraction: float = arg(0.0, "Share of a rollout's samples that may fail before the run stops.")
     custom_reward_post_process_path: str | None = arg(
         None, "f(args, samples) -> (raw_rewards, rewards): replaces the normalisation within groups."
@@ -27,5 +32,6 @@ class RewardConfig(Group):
 
     def __post_init__(self) -> None:
         check_positive(self, "rm_timeout_s")
+        check_not_negative(self, "rm_num_workers")
         check(0 <= self.max_failed_fraction <= 1, "max_failed_fraction", "between 0 and 1", self.max_failed_fraction)
         super().__post_init__()

@@ -23,6 +23,7 @@ SHORTEST_EXPLAINED = 3  # lines of a method
 BROAD_EXCEPT = {
     "slime/engine/embedded/engine.py": "handed to the caller of a function that runs in the engine's thread",
     "slime/rollout/rm_hub/deadline.py": "a reward plug-in may raise anything; it fails its sample, by name",
+    "slime/rollout/rm_hub/worker_process.py": "likewise, in a process of its own",
     "slime/utils/processing_utils.py": "the tokenizers library raises plain Exception",
     "slime/cli/errors.py": "where every failure of a run ends",
     "slime/utils/misc.py": "a plug-in's module may raise anything",

@@ -15,10 +15,11 @@ from typing import Any
 from slime.rollout.rm_hub.answers import extract_boxed
 from slime.rollout.rm_hub.coin import random_reward
 from slime.rollout.rm_hub.dapo import dapo_reward
-from slime.rollout.rm_hub.deadline import call_with_deadline
+from slime.rollout.rm_hub.deadline import call_with_deadline, is_async
 from slime.rollout.rm_hub.errors import Reward, RewardError, checked_reward
 from slime.rollout.rm_hub.exact_match import exact_match_reward
 from slime.rollout.rm_hub.math_rule import math_reward
+from slime.rollout.rm_hub.pool import call_in_worker, default_num_workers
 from slime.rollout.rm_hub.remote import remote_rm
 from slime.utils.misc import load_function
 from slime.utils.types import Sample
@@ -111,9 +112,13 @@ async def _score_group(args: Any, samples: list[Sample], kwargs: dict[str, Any])
 async def _call_custom(
     args: Any, path: str, samples: Sample | list[Sample], sample_index: int | None, kwargs: dict[str, Any]
 ) -> Any:
-    return await call_with_deadline(
-        load_function(path), args, samples, name=path, sample_index=sample_index, timeout_s=args.rm_timeout_s, **kwargs
-    )
+    """An async function runs in this event loop, any other in a worker process (--rm-num-workers 0: in a thread)."""
+    function = load_function(path)
+    deadline = {"sample_index": sample_index, "timeout_s": args.rm_timeout_s}
+    if is_async(function) or args.rm_num_workers == 0:
+        return await call_with_deadline(function, args, samples, name=path, **deadline, **kwargs)
+    num_workers = args.rm_num_workers or default_num_workers()
+    return await call_in_worker(path, args, samples, num_workers=num_workers, **deadline, **kwargs)
 
 
 def _raise_if_error(reward: Reward | BaseException) -> Reward:

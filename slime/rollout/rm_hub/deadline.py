@@ -1,4 +1,4 @@
-"""Calling a reward function that may block, hang or raise."""
+"""Calling a reward function that may hang or raise in this process: an async one, or any with --rm-num-workers 0."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def call_with_deadline(
     """
     call = partial(function, *args, **kwargs)
     try:
-        if _is_async(function):
+        if is_async(function):
             async with asyncio.timeout(timeout_s) as deadline:
                 return await call()
         async with _thread_slots(asyncio.get_running_loop()), asyncio.timeout(timeout_s) as deadline:
@@ -41,7 +41,8 @@ async def call_with_deadline(
         raise RewardError(name, sample_index, f"raised {type(error).__name__}: {error}") from error
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling `function` gives a coroutine, as far as can be seen without calling it."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 

@@ -26,6 +26,7 @@ class RewardArgs:
     custom_rm_path: str | None = None
     group_rm: bool = False
     rm_timeout_s: float = 30.0
+    rm_num_workers: int | None = 0
     rollout_seed: int = 0
 
 

@@ -1,0 +1,152 @@
+"""Processes for synchronous reward functions: one that blocks, hangs or loops in C holds up nobody but itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from slime.rollout.rm_hub.errors import RewardError
+from slime.rollout.rm_hub.worker_process import HEADER, samples_of
+
+START_S = 120.0  # deadline for the start of a process; the imports of a function count towards its first call
+_CHUNK_BYTES = 1 << 18
+
+
+def default_num_workers() -> int:
+    """One for each CPU that this process may use, within 4 and 64."""
+    return min(64, max(4, len(os.sched_getaffinity(0))))
+
+
+async def call_in_worker(
+    path: str, *args: Any, sample_index: int | None, timeout_s: float, num_workers: int, **kwargs: Any
+) -> Any:
+    """What the function at `path` returns for (*args, **kwargs) in a process of its own.
+
+    At most `num_workers` run at a time, the others wait, their deadline not yet running. Metadata that the function
+    writes into samples is copied back. Raises RewardError if it raises, takes longer than `timeout_s` seconds (its
+    process is then killed, as it is when this call is cancelled) or ends its process.
+    """
+    try:
+        request = pickle.dumps((path, args, kwargs))
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        reason = f"its arguments cannot be sent to a process ({error}): make it async, or set --rm-num-workers 0"
+        raise RewardError(path, sample_index, reason) from error
+    async with _slots(asyncio.get_running_loop(), num_workers):
+        reply = await _exchange(path, request, sample_index, timeout_s)
+    if reply[0] == "raised":
+        failure = RewardError(path, sample_index, f"raised {reply[1]}")
+        failure.add_note(reply[2])
+        raise failure
+    for sample, written in zip(samples_of(args), reply[2], strict=True):
+        vars(sample).update(written)
+    return reply[1]
+
+
+async def _exchange(path: str, request: bytes, sample_index: int | None, timeout_s: float) -> Any:
+    worker = await _take()
+    try:
+        async with asyncio.timeout(timeout_s):
+            reply = await worker.exchange(request)
+    except TimeoutError as error:
+        worker.kill()
+        raise RewardError(path, sample_index, f"no reward within {timeout_s:g} s (--rm-timeout-s)") from error
+    except ConnectionError as error:
+        worker.kill()
+        raise RewardError(path, sample_index, "its process ended while it ran") from error
+    except BaseException:  # cancelled: the function may go on for ever
+        worker.kill()
+        raise
+    _idle.append(worker)
+    return reply
+
+
+_idle: list[Worker] = []  # of this operating-system process, whatever event loop uses them
+
+
+async def _take() -> Worker:
+    """A worker that waits for a request; a new one where there is none."""
+    while _idle:
+        worker = _idle.pop()
+        if worker.is_alive():
+            return worker
+        worker.kill()
+    worker = Worker()
+    try:
+        async with asyncio.timeout(START_S):
+            await worker.receive()
+    except (TimeoutError, ConnectionError) as error:
+        worker.kill()
+        raise RuntimeError(f"a process for rewards ended at its start, or took over {START_S:.0f} s") from error
+    except BaseException:
+        worker.kill()
+        raise
+    return worker
+
+
+@lru_cache(maxsize=8)
+def _slots(loop: asyncio.AbstractEventLoop, num_workers: int) -> asyncio.Semaphore:
+    """One limit for each event loop: a semaphore cannot serve two."""
+    return asyncio.Semaphore(num_workers)
+
+
+class Worker:
+    """A `worker_process`. It ends with the process that started it."""
+
+    def __init__(self) -> None:
+        program = Path(__file__).with_name("worker_process.py")
+        self._socket, theirs = socket.socketpair()
+        self._socket.setblocking(False)
+        with theirs:
+            command = [sys.executable, "-P", str(program), str(theirs.fileno()), str(os.getpid())]
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    async def exchange(self, request: bytes) -> Any:
+        """The answer to one pickled request. Raises ConnectionError if the process ends instead."""
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(self._socket, HEADER.pack(len(request)) + request)
+        return await self.receive()
+
+    async def receive(self) -> Any:
+        """The next message of the process. Raises ConnectionError if it ends instead."""
+        (length,) = HEADER.unpack(await self._read(HEADER.size))
+        return pickle.loads(await self._read(length))
+
+    async def _read(self, num_bytes: int) -> bytearray:
+        loop = asyncio.get_running_loop()
+        received = bytearray()
+        while len(received) < num_bytes:
+            chunk = await loop.sock_recv(self._socket, min(_CHUNK_BYTES, num_bytes - len(received)))
+            if not chunk:
+                raise ConnectionError("the socket closed")
+            received += chunk
+        return received
+
+    def kill(self) -> None:
+        """End it and what it started, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._socket.close()
+        threading.Thread(target=self._process.wait, name="reward-reaper", daemon=True).start()
