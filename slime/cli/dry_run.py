@@ -12,6 +12,7 @@ from slime.arguments import Args
 from slime.cli.memory_estimate import ModelSize, TrainingLoad, kv_bytes_per_token, trainer_memory
 from slime.cli.preflight import Findings
 from slime.config import ConfigError
+from slime.rollout.eval_data import samples_per_prompt
 
 _TYPICAL_PROMPT = 512  # tokens assumed of a prompt where nothing bounds it
 
@@ -82,8 +83,8 @@ def _data(args: Args, findings: Findings) -> Iterator[tuple[str, str]]:
         yield "prompts", f"{findings.num_prompts:,} in {args.prompt_data}"
     else:
         yield "prompts", "unknown (the run itself finds them)"
-    for name, count in findings.eval_sizes.items():
-        yield f"evaluation {name}", f"{count:,} prompts, {args.n_samples_per_eval_prompt} samples each"
+    for name, num_samples in samples_per_prompt(args, findings.eval_sizes).items():
+        yield f"evaluation {name}", f"{findings.eval_sizes[name]:,} prompts, {num_samples} samples each"
 
 
 def _batches(args: Args, findings: Findings) -> Iterator[tuple[str, str]]:

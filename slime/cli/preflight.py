@@ -71,19 +71,23 @@ def _check_plugins(args: Args) -> None:
     from slime.training.estimators import estimator_of
 
     for name in PLUGINS:
-        path = getattr(args, name)
-        if path is None:
-            continue
-        try:
-            plugin = load_function(path)
-        except ValueError as error:
-            raise ConfigError(f"{flag_of(name)}: {error}") from error
-        if not callable(plugin):
-            raise ConfigError(f"{flag_of(name)}: {path} must be a function or a class, got {plugin!r:.40}.")
+        _check_plugin(args, name)
     try:
         estimator_of(args)
     except ValueError as error:
         raise ConfigError(f"--advantage-estimator: {error}") from error
+
+
+def _check_plugin(args: Args, name: str) -> None:
+    path = getattr(args, name)
+    if path is None:
+        return
+    try:
+        plugin = load_function(path)
+    except ValueError as error:
+        raise ConfigError(f"{flag_of(name)}: {error}") from error
+    if not callable(plugin):
+        raise ConfigError(f"{flag_of(name)}: {path} must be a function or a class, got {plugin!r:.40}.")
 
 
 # --- data
@@ -111,14 +115,18 @@ def _check_prompts(args: Args) -> int | None:
 
 
 def _check_eval_sets(args: Args) -> Iterator[tuple[str, int]]:
-    pairs = args.eval_prompt_data or []
-    keys = RowKeys(args.eval_input_key or args.input_key, args.eval_label_key, args.metadata_key, args.eval_tool_key)
-    context = args.eval_max_context_len if args.eval_max_prompt_len is None else None
-    for name, path in zip(pairs[::2], pairs[1::2], strict=True):
-        count = _check_rows(args, path, keys, Purpose("--eval-", args.eval_reward_key, context))
+    from slime.rollout.eval_data import eval_sets
+
+    for eval_set in eval_sets(args):
+        own = eval_set.args
+        for name in ("custom_generate_function_path", "custom_rm_path"):
+            _check_plugin(own, name)
+        keys = RowKeys(own.eval_input_key or own.input_key, own.eval_label_key, own.metadata_key, own.eval_tool_key)
+        context = own.eval_max_context_len if own.eval_max_prompt_len is None else None
+        count = _check_rows(own, eval_set.path, keys, Purpose("--eval-", own.eval_reward_key, context))
         if count == 0:
-            raise ConfigError(f"--eval-prompt-data: {path} ({name}) holds no prompts.")
-        yield name, count
+            raise ConfigError(f"--eval-prompt-data: {eval_set.path} ({eval_set.name}) holds no prompts.")
+        yield eval_set.name, count
 
 
 def _check_rows(args: Args, path: str, keys: RowKeys, purpose: Purpose) -> int:

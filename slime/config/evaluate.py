@@ -13,6 +13,9 @@ class EvaluateConfig(Group):
 
     eval_interval: int | None = arg(None, "Rollouts between two evaluations.")
     eval_prompt_data: list[str] | None = arg(None, "Pairs of a name and a prompt file.")
+    eval_config: str | None = arg(
+        None, "YAML file of evaluation sets with settings of their own; replaces --eval-prompt-data."
+    )
     eval_function_path: str | None = arg(None, "Replaces evaluation (default: --rollout-function-path).")
     skip_eval_before_train: bool = arg(False, "No evaluation before the first rollout.")
     eval_input_key: str | None = arg(None, "Key of the prompt (default: --input-key).")

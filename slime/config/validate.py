@@ -250,10 +250,13 @@ def _check_prompt_fits(kind: str, max_prompt_len: int | None, context: int | Non
 
 
 def _evaluate(config: RunConfig) -> dict[str, Any]:
+    has_sets = config.eval_prompt_data is not None or config.eval_config is not None
     _require(
-        (config.eval_interval is None) == (config.eval_prompt_data is None),
-        "--eval-interval and --eval-prompt-data go together.",
+        (config.eval_interval is None) == (not has_sets),
+        "--eval-interval and --eval-prompt-data or --eval-config go together.",
     )
+    if config.eval_prompt_data is not None and config.eval_config is not None:
+        logger.warning("--eval-prompt-data is ignored: --eval-config %s names the sets", config.eval_config)
     _require(
         config.eval_interval is None or not config.debug_train_only,
         "--eval-interval needs engines: drop it, or --debug-train-only.",

@@ -19,6 +19,7 @@ from slime.observability.trajectories import write_samples
 from slime.ray.actors import CONTROL, LIFETIME
 from slime.ray.watchdog import thread_stacks, wait_for_the_end
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, call_rollout_fn
+from slime.rollout.eval_data import samples_per_prompt
 from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.logging import configure_logging
 from slime.utils.misc import load_function
@@ -114,7 +115,7 @@ class RolloutManager:
         """`eval/*` metrics of every evaluation set."""
         output = call_rollout_fn(self.eval_function, self.args, rollout_id, self.data_source, evaluation=True)
         assert isinstance(output, RolloutFnEvalOutput)
-        metrics = eval_metrics(output.data, self.args.n_samples_per_eval_prompt)
+        metrics = eval_metrics(output.data, samples_per_prompt(self.args, output.data))
         return metrics | (output.metrics or {})
 
     def save(self, rollout_id: int) -> None:

@@ -56,8 +56,9 @@ class GenerateState:
 
     @property
     def semaphore(self) -> anyio.Semaphore:
-        """The bound on requests in flight: one for all that run in this event loop with these settings."""
-        return _semaphore(self.args, asyncio.get_running_loop())
+        """The bound on requests in flight: one for all that run in this event loop, evaluation sets included."""
+        num_engines = max(1, (self.args.rollout_num_gpus or 0) // self.args.rollout_num_gpus_per_engine)
+        return _semaphore(self.args.sglang_server_concurrency * num_engines, asyncio.get_running_loop())
 
     def count_failure(self, sample: Sample) -> None:
         """Count a FAILED sample; the reason of the first is kept."""
@@ -68,9 +69,8 @@ class GenerateState:
 
 
 @functools.lru_cache(maxsize=8)
-def _semaphore(args: Any, loop: asyncio.AbstractEventLoop) -> anyio.Semaphore:
-    num_engines = max(1, (args.rollout_num_gpus or 0) // args.rollout_num_gpus_per_engine)
-    return anyio.Semaphore(args.sglang_server_concurrency * num_engines, fast_acquire=True)
+def _semaphore(bound: int, loop: asyncio.AbstractEventLoop) -> anyio.Semaphore:
+    return anyio.Semaphore(bound, fast_acquire=True)
 
 
 def get_model_url(args: Any, model_name: str = "actor", endpoint: str = "/generate") -> str:
@@ -285,14 +285,15 @@ async def eval_rollout(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
 
     A sample that failed stays, with reward NaN. Each set may lose --max-failed-fraction of its samples.
     """
-    results = await asyncio.gather(*(_eval_set(args, dataset) for dataset in eval_sets(args)))
+    results = await asyncio.gather(*(_eval_set(dataset) for dataset in eval_sets(args)))
     return RolloutFnEvalOutput(dict(results))
 
 
-async def _eval_set(args: Any, dataset: EvalSet) -> tuple[str, dict[str, Any]]:
+async def _eval_set(dataset: EvalSet) -> tuple[str, dict[str, Any]]:
+    args = dataset.args
     state = GenerateState(args)
     params = state.sampling_params | dataset.sampling_params
-    groups = await _run_groups(args, eval_groups(args, dataset), params, state, evaluation=True)
+    groups = await _run_groups(args, eval_groups(dataset), params, state, evaluation=True)
     samples = [sample for group in groups for sample in group]
     return dataset.name, {
         "rewards": [

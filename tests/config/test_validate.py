@@ -135,8 +135,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_failed_fraction": 1.5}, "--max-failed-fraction must be between 0 and 1, got 1.5"),
     ({"rm_timeout_s": 0.0}, "--rm-timeout-s must be above 0, got 0.0"),
     # evaluation
-    ({"eval_interval": 1}, "--eval-interval and --eval-prompt-data go together"),
-    ({"eval_prompt_data": ["test", "test.jsonl"]}, "--eval-interval and --eval-prompt-data go together"),
+    ({"eval_interval": 1}, "--eval-interval and --eval-prompt-data or --eval-config go together"),
+    ({"eval_config": "sets.yaml"}, "--eval-interval and --eval-prompt-data or --eval-config go together"),
+    (
+        {"eval_prompt_data": ["test", "test.jsonl"]},
+        "--eval-interval and --eval-prompt-data or --eval-config go together",
+    ),
     ({"eval_prompt_data": ["test.jsonl"], "eval_interval": 1}, "--eval-prompt-data must be pairs of a name and a file"),
     (
         {"eval_prompt_data": ["t", "t.jsonl"], "eval_interval": 1, "debug_train_only": True, **SFT},
