@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from slime.config.base import Group, arg, check, check_not_negative, check_positive
 
@@ -16,6 +17,9 @@ class RewardConfig(Group):
     )
     rm_url: str | None = arg(None, "Address of a reward server, for --rm-type remote_rm.")
     custom_rm_path: str | None = arg(None, "Reward function: async f(args, sample, **kw) -> float | dict.")
+    custom_rm_style: Literal["slime", "trl", "verl", "verifiers"] = arg(
+        "slime", "What --custom-rm-path names: a function of slime's form, or one of another library, as it is."
+    )
     group_rm: bool = arg(False, "Score the samples of a group in one call: f(args, samples, **kw) -> list.")
     reward_key: str | None = arg(None, "Entry to train on where rewards are dicts.")
     eval_reward_key: str | None = arg(None, "Entry to report in evaluation (default: --reward-key).")
@@ -34,4 +38,7 @@ class RewardConfig(Group):
         check_positive(self, "rm_timeout_s")
         check_not_negative(self, "rm_num_workers")
         check(0 <= self.max_failed_fraction <= 1, "max_failed_fraction", "between 0 and 1", self.max_failed_fraction)
+        check(
+            not self.group_rm or self.custom_rm_style != "verl", "group_rm", "off: a verl function has one sample", True
+        )
         super().__post_init__()

@@ -39,6 +39,7 @@ SETTING_OF_KEY = {
     "apply_chat_template_kwargs": "apply_chat_template_kwargs",
     "rm_type": "rm_type",
     "custom_rm_path": "custom_rm_path",
+    "custom_rm_style": "custom_rm_style",
     "reward_key": "eval_reward_key",
     "custom_generate_function_path": "custom_generate_function_path",
 }

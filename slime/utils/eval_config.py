@@ -44,6 +44,7 @@ class EvalDatasetConfig:
     apply_chat_template_kwargs: dict[str, Any] | None = None
     rm_type: str | None = None
     custom_rm_path: str | None = None
+    custom_rm_style: str | None = None
     reward_key: str | None = None
     custom_generate_function_path: str | None = None
 

@@ -134,6 +134,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     # rewards
     ({"max_failed_fraction": 1.5}, "--max-failed-fraction must be between 0 and 1, got 1.5"),
     ({"rm_timeout_s": 0.0}, "--rm-timeout-s must be above 0, got 0.0"),
+    ({"group_rm": True, "custom_rm_style": "verl"}, "--group-rm must be off: a verl function has one sample"),
+    ({"rm_num_workers": -1}, "--rm-num-workers must be 0 or more, got -1"),
     # evaluation
     ({"eval_interval": 1}, "--eval-interval and --eval-prompt-data or --eval-config go together"),
     ({"eval_config": "sets.yaml"}, "--eval-interval and --eval-prompt-data or --eval-config go together"),

@@ -14,14 +14,12 @@ from typing import Any
 
 from slime.rollout.rm_hub.answers import extract_boxed
 from slime.rollout.rm_hub.coin import random_reward
+from slime.rollout.rm_hub.custom import custom_reward, custom_rewards
 from slime.rollout.rm_hub.dapo import dapo_reward
-from slime.rollout.rm_hub.deadline import call_with_deadline, is_async
 from slime.rollout.rm_hub.errors import Reward, RewardError, checked_reward
 from slime.rollout.rm_hub.exact_match import exact_match_reward
 from slime.rollout.rm_hub.math_rule import math_reward
-from slime.rollout.rm_hub.pool import call_in_worker, default_num_workers
 from slime.rollout.rm_hub.remote import remote_rm
-from slime.utils.misc import load_function
 from slime.utils.types import Sample
 
 __all__ = [
@@ -65,8 +63,7 @@ async def async_rm(args: Any, sample: Sample, **kwargs: Any) -> Reward:
     """
     path = sample.custom_rm_path or args.custom_rm_path
     if path is not None:
-        reward = await _call_custom(args, path, sample, sample.index, kwargs)
-        return checked_reward(reward, path, sample)
+        return checked_reward(await custom_reward(args, path, sample, kwargs), path, sample)
     return await rule_reward(args, sample)
 
 
@@ -102,23 +99,8 @@ async def _score_group(args: Any, samples: list[Sample], kwargs: dict[str, Any])
     path = args.custom_rm_path
     if not samples:
         return []
-    first_index = samples[0].index
-    rewards = await _call_custom(args, path, samples, first_index, kwargs)
-    if not isinstance(rewards, list | tuple) or len(rewards) != len(samples):
-        raise RewardError(path, first_index, f"must return a list of {len(samples)} rewards, got {rewards!r:.80}")
+    rewards = await custom_rewards(args, path, samples, kwargs)
     return [checked_reward(reward, path, sample) for reward, sample in zip(rewards, samples, strict=True)]
-
-
-async def _call_custom(
-    args: Any, path: str, samples: Sample | list[Sample], sample_index: int | None, kwargs: dict[str, Any]
-) -> Any:
-    """An async function runs in this event loop, any other in a worker process (--rm-num-workers 0: in a thread)."""
-    function = load_function(path)
-    deadline = {"sample_index": sample_index, "timeout_s": args.rm_timeout_s}
-    if is_async(function) or args.rm_num_workers == 0:
-        return await call_with_deadline(function, args, samples, name=path, **deadline, **kwargs)
-    num_workers = args.rm_num_workers or default_num_workers()
-    return await call_in_worker(path, args, samples, num_workers=num_workers, **deadline, **kwargs)
 
 
 def _raise_if_error(reward: Reward | BaseException) -> Reward:

@@ -43,6 +43,8 @@ async def call_with_deadline(
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling `function` gives a coroutine, as far as can be seen without calling it."""
+    while isinstance(function, partial):
+        function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 

@@ -28,7 +28,13 @@ def default_num_workers() -> int:
 
 
 async def call_in_worker(
-    path: str, *args: Any, sample_index: int | None, timeout_s: float, num_workers: int, **kwargs: Any
+    path: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    sample_index: int | None,
+    timeout_s: float,
+    num_workers: int,
 ) -> Any:
     """What the function at `path` returns for (*args, **kwargs) in a process of its own.
 

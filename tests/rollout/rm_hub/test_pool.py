@@ -27,6 +27,7 @@ class RewardArgs:
     rm_timeout_s: float = 60.0
     rm_num_workers: int | None = 2
     group_rm: bool = False
+    custom_rm_style: str = "slime"
 
 
 def settings(name: str, **fields: Any) -> RewardArgs:
@@ -144,15 +145,14 @@ def test_a_function_that_never_returns_fails_at_its_deadline_and_is_gone(name: s
 @pytest.mark.parametrize("name", ["sleeps_for_ever", "spins_in_c"])
 def test_functions_that_never_return_hold_up_neither_the_event_loop_nor_other_rewards(name: str) -> None:
     async def main() -> tuple[float, int]:
-        stuck = asyncio.ensure_future(async_rm(settings(name, rm_timeout_s=2.0), Sample()))
+        stuck = asyncio.ensure_future(async_rm(settings(name), Sample()))
         turns = 0
         scored = asyncio.ensure_future(async_rm(settings("label_as_number"), Sample(label="5")))
         while not scored.done():
             turns += 1
             await asyncio.sleep(0.001)
         assert not stuck.done()
-        with pytest.raises(RewardError):
-            await stuck
+        stuck.cancel()
         return float(scored.result()), turns  # type: ignore[arg-type]
 
     reward, turns = run(main())
@@ -200,8 +200,8 @@ def test_what_a_function_started_ends_with_it(tmp_path: Any) -> None:
 def test_a_worker_ends_when_its_parent_is_killed_even_while_it_spins() -> None:
     program = (
         "import asyncio; from slime.rollout.rm_hub.pool import call_in_worker\n"
-        f"call = call_in_worker('{__name__}.spins_in_c', None, None, sample_index=0, timeout_s=600, num_workers=1)\n"
-        "asyncio.run(call)"
+        "deadline = {'sample_index': 0, 'timeout_s': 600, 'num_workers': 1}\n"
+        f"asyncio.run(call_in_worker('{__name__}.spins_in_c', (None, None), {{}}, **deadline))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -27,6 +27,7 @@ class RewardArgs:
     group_rm: bool = False
     rm_timeout_s: float = 30.0
     rm_num_workers: int | None = 0
+    custom_rm_style: str = "slime"
     rollout_seed: int = 0
 
 
