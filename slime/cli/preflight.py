@@ -29,11 +29,17 @@ PLUGINS = (
     "data_source_path",
     "buffer_filter_path",
     "custom_generate_function_path",
+    "dynamic_sampling_filter_path",
+    "rollout_sample_filter_path",
+    "rollout_all_samples_process_path",
+    "custom_rollout_log_function_path",
+    "custom_eval_rollout_log_function_path",
     "custom_rm_path",
     "custom_reward_post_process_path",
     "custom_convert_samples_to_train_data_path",
     "custom_loss_function_path",
     "custom_advantage_function_path",
+    "rollout_data_postprocess_path",
     "custom_pg_loss_reducer_function_path",
     "custom_tis_function_path",
 )
@@ -71,15 +77,16 @@ def _check_plugins(args: Args) -> None:
     from slime.training.estimators import estimator_of
 
     for name in PLUGINS:
-        _check_plugin(args, name)
+        _check_plugin(name, getattr(args, name), args)
+    for path in args.rollout_sample_hook_path or []:
+        _check_plugin("rollout_sample_hook_path", path, args)
     try:
         estimator_of(args)
     except ValueError as error:
         raise ConfigError(f"--advantage-estimator: {error}") from error
 
 
-def _check_plugin(args: Args, name: str) -> None:
-    path = getattr(args, name)
+def _check_plugin(name: str, path: str | None, args: Args) -> None:
     if path is None:
         return
     try:
@@ -121,7 +128,7 @@ def _check_eval_sets(args: Args) -> Iterator[tuple[str, int]]:
     for eval_set in eval_sets(args):
         own = eval_set.args
         for name in ("custom_generate_function_path", "custom_rm_path"):
-            _check_plugin(own, name)
+            _check_plugin(name, getattr(own, name), own)
         keys = RowKeys(own.eval_input_key or own.input_key, own.eval_label_key, own.metadata_key, own.eval_tool_key)
         context = own.eval_max_context_len if own.eval_max_prompt_len is None else None
         count = _check_rows(own, eval_set.path, keys, Purpose("--eval-", own.eval_reward_key, context))

@@ -40,6 +40,10 @@ class AlgorithmConfig(Group):
     custom_advantage_function_path: str | None = arg(
         None, "f(args, rollout_data) -> None: sets rollout_data['advantages'] and ['returns']."
     )
+    rollout_data_postprocess_path: str | None = arg(
+        None,
+        "f(args, rollout_id, rollout_data) -> None on each trainer, after advantages; may change these and returns.",
+    )
     custom_pg_loss_reducer_function_path: str | None = arg(
         None, "f(total_lengths, response_lengths, loss_masks, calculate_per_token_loss) -> reducer of the policy loss."
     )

@@ -16,6 +16,12 @@ class ObserveConfig(Group):
     dry_run: bool = arg(False, "Check everything that can be checked without a cluster, print the plan, and end.")
     debug_train_only: bool = arg(False, "No engines: the rollout function brings complete samples, as SFT does.")
     log_level: Literal["debug", "info", "warning"] = arg("info", "Level of slime's own log.")
+    custom_rollout_log_function_path: str | None = arg(
+        None, "f(rollout_id, args, samples, rollout_extra_metrics, rollout_time) -> bool; True: nothing else is logged."
+    )
+    custom_eval_rollout_log_function_path: str | None = arg(
+        None, "f(rollout_id, args, data, extra_metrics) -> bool, for evaluations; True: nothing else is logged."
+    )
     use_tensorboard: bool = arg(False, "Write TensorBoard events.")
     tb_project_name: str | None = arg(None, "Folder of the events (default: RUN_DIR/tensorboard).")
     tb_experiment_name: str | None = arg(None, "Folder below it.")

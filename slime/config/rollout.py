@@ -23,6 +23,34 @@ class RolloutConfig(Group):
     custom_generate_function_path: str | None = arg(None, "Replaces the generation of one sample only.")
     rollout_batch_size: int | None = arg(None, "Prompts of one rollout (required).")
     n_samples_per_prompt: int = arg(1, "Responses sampled for each prompt: the group.")
+    over_sampling_batch_size: int | None = arg(
+        None, "Prompts started at once; the first --rollout-batch-size groups to finish are kept (default: that many)."
+    )
+    dynamic_sampling_filter_path: str | None = arg(
+        None,
+        "f(args, samples, **kw) -> DynamicFilterOutput | bool: whether a group is kept; others are sampled for it.",
+    )
+    dynamic_sampling_max_drop_ratio: float = arg(
+        50.0, "Groups that the filter may drop for each one of --rollout-batch-size before the run stops."
+    )
+    partial_rollout: bool = arg(
+        False, "Keep what is unfinished when a rollout is complete; the next one goes on with it."
+    )
+    mask_offpolicy_in_partial_rollout: bool = arg(
+        False, "Of a response that was interrupted train only on the tokens that its last rollout sampled."
+    )
+    rollout_abort_timeout_s: float = arg(
+        60.0, "Seconds that generation functions have to end when a rollout is complete; then they start over later."
+    )
+    rollout_sample_hook_path: list[str] | None = arg(
+        None, "f(args, sample, *, rollout_id, evaluation) -> Sample | None, async or not: called with scored samples."
+    )
+    rollout_sample_filter_path: str | None = arg(
+        None, "f(args, groups) -> None: sets sample.remove_sample where a sample shall not be trained on."
+    )
+    rollout_all_samples_process_path: str | None = arg(
+        None, "f(args, all_groups, data_source) -> None: sees every group of a rollout, dropped ones too."
+    )
     num_rollout: int | None = arg(None, "Rollouts in all. This or --num-epoch is required; this wins.")
     num_epoch: int | None = arg(None, "Passes over the prompt data, instead of --num-rollout.")
     start_rollout_id: int | None = arg(None, "First rollout (default: the one after the loaded checkpoint).")
@@ -60,6 +88,7 @@ class RolloutConfig(Group):
 
     def __post_init__(self) -> None:
         check_positive(self, "rollout_batch_size", "n_samples_per_prompt", "num_rollout", "num_epoch")
+        check_positive(self, "over_sampling_batch_size", "rollout_abort_timeout_s", "dynamic_sampling_max_drop_ratio")
         check_positive(self, "rollout_temperature", "rollout_max_response_len", "rollout_max_context_len")
         check_positive(self, "rollout_max_prompt_len", "sglang_server_concurrency", "update_weight_buffer_size")
         check_positive(self, "rollout_health_check_interval", "rollout_health_check_timeout")

@@ -238,7 +238,25 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
     if max_prompt_len is None and context is not None:
         max_prompt_len = max(1, context - 1)
     _check_prompt_fits("rollout", max_prompt_len, context)
-    return {"rollout_max_prompt_len": max_prompt_len}
+    return {"rollout_max_prompt_len": max_prompt_len, "over_sampling_batch_size": _over_sampling(config)}
+
+
+def _over_sampling(config: RunConfig) -> int:
+    """Prompts that are started at once."""
+    size: int = _first(config.over_sampling_batch_size, config.rollout_batch_size)
+    _require(
+        size >= (config.rollout_batch_size or 0),
+        f"--over-sampling-batch-size {size} must be at least --rollout-batch-size {config.rollout_batch_size}.",
+    )
+    _require(
+        not config.mask_offpolicy_in_partial_rollout or config.partial_rollout,
+        "--mask-offpolicy-in-partial-rollout has no effect without --partial-rollout: add it.",
+    )
+    if config.partial_rollout and size == config.rollout_batch_size and config.dynamic_sampling_filter_path is None:
+        logger.warning(
+            "--partial-rollout leaves nothing unfinished without --over-sampling-batch-size above --rollout-batch-size"
+        )
+    return size
 
 
 def _check_prompt_fits(kind: str, max_prompt_len: int | None, context: int | None) -> None:

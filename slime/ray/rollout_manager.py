@@ -20,6 +20,7 @@ from slime.ray.actors import CONTROL, LIFETIME
 from slime.ray.watchdog import thread_stacks, wait_for_the_end
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, call_rollout_fn
 from slime.rollout.eval_data import samples_per_prompt
+from slime.rollout.hooks import logs_eval_itself, logs_rollout_itself
 from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.logging import configure_logging
 from slime.utils.misc import load_function
@@ -53,14 +54,21 @@ class RolloutManager:
         plugins = (
             args.custom_generate_function_path,
             args.custom_rm_path,
+            args.dynamic_sampling_filter_path,
+            args.rollout_sample_filter_path,
+            args.rollout_all_samples_process_path,
+            args.custom_rollout_log_function_path,
+            args.custom_eval_rollout_log_function_path,
             args.custom_reward_post_process_path,
             args.custom_convert_samples_to_train_data_path,
         )
-        for path in plugins:
+        for path in (*plugins, *(args.rollout_sample_hook_path or [])):
             if path is not None:
                 load_function(path)
         self.tokenizer = tokenizer_of(args)
         self.data_source = load_function(args.data_source_path)(args)
+        if args.partial_rollout:
+            self.data_source.add_samples([])  # one that takes nothing back says so now
         return len(self.data_source)
 
     def set_runtime(self, num_rollout: int, router: tuple[str, int] | None) -> None:
@@ -77,15 +85,18 @@ class RolloutManager:
         assert isinstance(output, RolloutFnTrainOutput)
         samples = [sample for group in output.samples for sample in group]
         raw_rewards, batch = self._training_data(samples)
+        seconds, extra = time.monotonic() - start, output.metrics or {}
+        self._write_samples(rollout_id, samples, raw_rewards)
+        if logs_rollout_itself(self.args, rollout_id, samples, extra_metrics=extra, seconds=seconds):
+            return RolloutResult(ray.put(batch), {})
         metrics = rollout_metrics(
             samples,
             raw_rewards,
-            seconds=time.monotonic() - start,
+            seconds=seconds,
             num_gpus=max(1, self.args.rollout_num_gpus or 1),
             weight_version=weight_version,
         )
-        self._write_samples(rollout_id, samples, raw_rewards)
-        return RolloutResult(ray.put(batch), metrics | (output.metrics or {}))
+        return RolloutResult(ray.put(batch), metrics | extra)
 
     def _training_data(self, samples: list[Sample]) -> tuple[list[float], TrainBatch]:
         """Raw rewards, and the batch to train on."""
@@ -115,8 +126,10 @@ class RolloutManager:
         """`eval/*` metrics of every evaluation set."""
         output = call_rollout_fn(self.eval_function, self.args, rollout_id, self.data_source, evaluation=True)
         assert isinstance(output, RolloutFnEvalOutput)
-        metrics = eval_metrics(output.data, samples_per_prompt(self.args, output.data))
-        return metrics | (output.metrics or {})
+        extra = output.metrics or {}
+        if logs_eval_itself(self.args, rollout_id, output.data, extra):
+            return {}
+        return eval_metrics(output.data, samples_per_prompt(self.args, output.data)) | extra
 
     def save(self, rollout_id: int) -> None:
         """Write the state of the data source."""

@@ -187,11 +187,14 @@ class RolloutDataSourceWithBuffer(RolloutDataSource):
         return groups + super().get_samples(num_samples - len(groups))
 
     def add_samples(self, samples: Groups) -> None:
-        """Appends whole groups. Raises ValueError, and keeps none, if one is not of n_samples_per_prompt samples."""
+        """Appends whole groups. Raises ValueError, and keeps none, if one is not of n_samples_per_prompt samples.
+
+        Siblings that one generate call fanned out, which share a `rollout_id`, count as one.
+        """
         for group in samples:
-            if len(group) != self.args.n_samples_per_prompt:
+            if (num_samples := _num_generated(group)) != self.args.n_samples_per_prompt:
                 raise ValueError(
-                    f"a group of {len(group)} samples cannot be buffered: --n-samples-per-prompt is "
+                    f"a group of {num_samples} samples cannot be buffered: --n-samples-per-prompt is "
                     f"{self.args.n_samples_per_prompt}"
                 )
         self.buffer.extend(samples)
@@ -219,6 +222,11 @@ class RolloutDataSourceWithBuffer(RolloutDataSource):
                 f"the buffer; it returned {len(groups)}, {num_left_inside} of them still in the buffer"
             )
         return groups
+
+
+def _num_generated(group: list[Sample]) -> int:
+    """Generate calls that the samples of a group come from, or will."""
+    return len({("sample", id(s)) if s.rollout_id is None else ("siblings", s.rollout_id) for s in group})
 
 
 def pop_first(args: Any, rollout_id: int | None, buffer: Groups, num_samples: int) -> Groups:

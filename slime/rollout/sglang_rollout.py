@@ -10,67 +10,41 @@ import asyncio
 import functools
 import hashlib
 import inspect
-import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-import anyio
-
+from slime.rollout.abort import abort
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
+from slime.rollout.collect import collect_groups
 from slime.rollout.data_source import DataSource
 from slime.rollout.eval_data import EvalSet, eval_groups, eval_sets
+from slime.rollout.hooks import filter_samples, process_all_samples, run_sample_hooks
 from slime.rollout.rm_hub import RewardError, async_rm, batched_async_rm
+from slime.rollout.state import GenerateState, RolloutFailed, SamplingParams
 from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.async_utils import run
 from slime.utils.http_utils import HTTPError, post
 from slime.utils.misc import load_function, rare_garbage_collection
 from slime.utils.types import Sample, SampleStatus
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "GenerateState",
+    "RolloutFailed",
+    "abort",
+    "encode_prompt",
+    "eval_rollout",
+    "generate",
+    "generate_and_rm",
+    "generate_and_rm_group",
+    "generate_rollout",
+    "get_model_url",
+    "sampling_seed",
+]
 
-SamplingParams = dict[str, Any]
-
-
-class RolloutFailed(RuntimeError):
-    """More samples failed than --max-failed-fraction allows."""
-
-
-class GenerateState:
-    """What the requests of one rollout share: tokenizer, sampling parameters, the count of failures and the first."""
-
-    def __init__(self, args: Any) -> None:
-        self.args = args
-        self.tokenizer = tokenizer_of(args)
-        self.sampling_params: SamplingParams = {
-            "temperature": args.rollout_temperature,
-            "top_p": args.rollout_top_p,
-            "top_k": args.rollout_top_k,
-            "max_new_tokens": args.rollout_max_response_len,
-            "stop": args.rollout_stop,
-            "stop_token_ids": args.rollout_stop_token_ids,
-            "skip_special_tokens": args.rollout_skip_special_tokens,
-        }
-        self.num_failed = 0
-        self.first_failure = ""
-
-    @property
-    def semaphore(self) -> anyio.Semaphore:
-        """The bound on requests in flight: one for all that run in this event loop, evaluation sets included."""
-        num_engines = max(1, (self.args.rollout_num_gpus or 0) // self.args.rollout_num_gpus_per_engine)
-        return _semaphore(self.args.sglang_server_concurrency * num_engines, asyncio.get_running_loop())
-
-    def count_failure(self, sample: Sample) -> None:
-        """Count a FAILED sample; the reason of the first is kept."""
-        reason = sample.metadata.get("failure", "no reason given")
-        self.num_failed += 1
-        self.first_failure = self.first_failure or reason
-        logger.warning("sample %s failed: %s", sample.index, reason)
-
-
-@functools.lru_cache(maxsize=8)
-def _semaphore(bound: int, loop: asyncio.AbstractEventLoop) -> anyio.Semaphore:
-    return anyio.Semaphore(bound, fast_acquire=True)
+# A sample in one of these is not generated again.
+GENERATED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED, SampleStatus.FAILED)
+UNSCORED = (SampleStatus.ABORTED, SampleStatus.FAILED)
 
 
 def get_model_url(args: Any, model_name: str = "actor", endpoint: str = "/generate") -> str:
@@ -85,34 +59,57 @@ def sampling_seed(rollout_seed: int, sample_index: int | None, num_tokens: int) 
 
 
 async def generate(args: Any, sample: Sample, sampling_params: SamplingParams, *, evaluation: bool = False) -> Sample:
-    """Sample one response and record it in `sample`: tokens, log-probs, text, status, weight version.
+    """Sample one response, or the rest of one, and record it in `sample`: tokens, log-probs, text, status, version.
 
     Token in, token out: what the engine sampled is kept, no text is tokenised again. A response that has reached the
     context is TRUNCATED, a prompt that leaves no room for one FAILED. Raises HTTPError.
     """
+    tokenizer = tokenizer_of(args)
     if not sample.tokens:
-        sample.tokens = encode_prompt(tokenizer_of(args), sample)
+        sample.tokens = encode_prompt(tokenizer, sample)
     context = args.eval_max_context_len if evaluation else args.rollout_max_context_len
-    params = dict(sampling_params, max_new_tokens=_token_budget(sample, sampling_params["max_new_tokens"], context))
+    params = _remaining(sample, sampling_params, context)
     if params["max_new_tokens"] <= 0:
         return _without_room(sample, context)
     params["sampling_seed"] = sampling_seed(args.rollout_seed, sample.index, len(sample.tokens))
+    url = get_model_url(args)
     output = await post(
-        get_model_url(args),
+        url,
         {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True},
         timeout_s=args.sglang_router_request_timeout_secs,
         headers=_headers(args, sample),
     )
-    meta_info = output["meta_info"]
-    entries = meta_info["output_token_logprobs"]
-    sample.append_response_tokens(
-        args,
-        tokens=[entry[1] for entry in entries],
-        log_probs=[entry[0] for entry in entries],
-        meta_info=meta_info,
-        text=output["text"],
-    )
+    is_continued = sample.status is SampleStatus.ABORTED and sample.response_length > 0
+    segment = _segment(output, url)
+    sample.append_response_tokens(args, **segment)
+    if is_continued:
+        skip = bool(params["skip_special_tokens"])
+        sample.response = _whole_text(tokenizer, sample, len(segment["tokens"]), segment["text"], skip=skip)
     return sample
+
+
+def _segment(output: Any, url: str) -> dict[str, Any]:
+    """What `append_response_tokens` takes, from an engine's answer. Raises HTTPError where that is malformed."""
+    try:
+        meta_info = output["meta_info"]
+        entries = meta_info["output_token_logprobs"]
+        tokens, log_probs = [int(entry[1]) for entry in entries], [float(entry[0]) for entry in entries]
+        reason, text = meta_info["finish_reason"]["type"], str(output["text"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise HTTPError(f"POST {url} answered what is not a generation ({error!r}): {output!r:.200}", None) from error
+    if reason == "abort" and not tokens:  # ended while it waited: no version sampled anything
+        meta_info = {key: value for key, value in meta_info.items() if not key.startswith("weight_version")}
+    return {"tokens": tokens, "log_probs": log_probs, "meta_info": meta_info, "text": text}
+
+
+def _whole_text(tokenizer: Any, sample: Sample, num_new: int, new_text: str, *, skip: bool) -> str:
+    """The text of a response in several segments, decoded at once: characters may lie across their border.
+
+    num_new, new_text: tokens of the last segment, and its text without what the engine took off, such as a stop string.
+    """
+    new_alone = tokenizer.decode(sample.tokens[len(sample.tokens) - num_new :], skip_special_tokens=skip)
+    whole: str = tokenizer.decode(sample.tokens[-sample.response_length :], skip_special_tokens=skip)
+    return whole[: len(whole) - max(0, len(new_alone) - len(new_text))]
 
 
 def encode_prompt(tokenizer: Any, sample: Sample) -> list[int]:
@@ -126,10 +123,14 @@ def encode_prompt(tokenizer: Any, sample: Sample) -> list[int]:
     return token_ids
 
 
-def _token_budget(sample: Sample, max_new_tokens: int, context: int | None) -> int:
-    """Tokens that may still be sampled: those of the response, within the context."""
-    budget = max_new_tokens - sample.response_length
-    return budget if context is None else min(budget, context - len(sample.tokens))
+def _remaining(sample: Sample, sampling_params: SamplingParams, context: int | None) -> SamplingParams:
+    """`sampling_params` less what the response has already, within the context."""
+    budget = sampling_params["max_new_tokens"] - sample.response_length
+    params = dict(sampling_params)
+    params["max_new_tokens"] = budget if context is None else min(budget, context - len(sample.tokens))
+    if sample.response_length and params.get("min_new_tokens"):
+        params["min_new_tokens"] = max(0, params["min_new_tokens"] - sample.response_length)
+    return params
 
 
 def _without_room(sample: Sample, context: int | None) -> Sample:
@@ -161,19 +162,75 @@ async def generate_and_rm(
 ) -> Sample | list[Sample]:
     """Generate with the function that the sample or the settings name, then score, unless the group is scored as one.
 
-    A failure of either leaves the sample FAILED with its reason in `metadata["failure"]`.
+    A failure of either leaves the sample FAILED with its reason in `metadata["failure"]`. What a sample has
+    already, its whole response or its reward, is not done again. After `abort` it is ABORTED, or finished without a
+    reward.
     """
     state = state or GenerateState(args)
+    if sample.status is SampleStatus.FAILED or (sample.status in GENERATED and sample.reward is not None):
+        return sample
     try:
-        async with state.semaphore:
-            output = await _generate(args, sample, sampling_params, evaluation)
-        if not args.group_rm:
-            await _score(args, output)
+        output = await _generate_unless_aborted(args, sample, sampling_params, evaluation, state=state)
+        if not args.group_rm and not state.is_aborted:
+            with state.interruptible(state.scoring):
+                await _score(args, output)
     except (HTTPError, RewardError) as error:
         _mark_failed(sample, error)
         output = sample
     _count_failures(state, output)
-    return output
+    return output if args.group_rm else await _hooked(args, output, state, evaluation)
+
+
+async def _generate_unless_aborted(
+    args: Any, sample: Sample, sampling_params: SamplingParams, evaluation: bool, *, state: GenerateState
+) -> Sample | list[Sample]:
+    """What generation makes of `sample`; after `abort` it is ABORTED, with its tokens if it was generating."""
+    if sample.status in GENERATED:
+        return sample
+    num_prompt_tokens, rollout_id = len(sample.tokens) - sample.response_length, sample.rollout_id
+    with state.interruptible(state.generating):
+        async with state.semaphore:
+            if state.is_aborted:
+                sample.status = SampleStatus.ABORTED
+                return sample
+            output = await _generate(args, sample, sampling_params, evaluation)
+        if isinstance(output, Sample) or all(member.status is not SampleStatus.ABORTED for member in output):
+            return output
+        state.num_lost_tokens += sum(member.response_length for member in output)
+        return _back_to_prompt(sample, num_prompt_tokens, rollout_id)
+    state.num_lost_tokens += sample.response_length
+    return _back_to_prompt(sample, num_prompt_tokens, rollout_id)
+
+
+def _back_to_prompt(sample: Sample, num_prompt_tokens: int, rollout_id: int | None) -> Sample:
+    """`sample` as it was before anything was generated, to start over."""
+    sample.tokens = sample.tokens[:num_prompt_tokens]
+    sample.response, sample.response_length = "", 0
+    sample.loss_mask = sample.rollout_log_probs = sample.reward = None
+    sample.weight_versions = []
+    sample.rollout_id = rollout_id
+    sample.status = SampleStatus.ABORTED
+    return sample
+
+
+async def _hooked(
+    args: Any, output: Sample | list[Sample], state: GenerateState, evaluation: bool
+) -> Sample | list[Sample]:
+    """--rollout-sample-hook-path, for what has a reward."""
+    if not args.rollout_sample_hook_path:
+        return output
+    if isinstance(output, list):
+        return [await _hook_one(args, sample, state, evaluation) for sample in output]
+    return await _hook_one(args, output, state, evaluation)
+
+
+async def _hook_one(args: Any, sample: Sample, state: GenerateState, evaluation: bool) -> Sample:
+    if sample.reward is None or sample.status in UNSCORED:
+        return sample
+    with state.interruptible(state.generating):
+        return await run_sample_hooks(args, sample, rollout_id=state.rollout_id, evaluation=evaluation)
+    sample.reward = None  # to be scored, and seen by the hooks, later
+    return sample
 
 
 async def _generate(
@@ -205,7 +262,7 @@ async def _score(args: Any, output: Sample | list[Sample]) -> None:
 
 
 async def _score_one(args: Any, sample: Sample) -> None:
-    if sample.reward is None and sample.status not in (SampleStatus.ABORTED, SampleStatus.FAILED):
+    if sample.reward is None and sample.status not in UNSCORED:
         sample.reward = await async_rm(args, sample)
 
 
@@ -233,19 +290,21 @@ async def generate_and_rm_group(
     if group and isinstance(group[0].prompt, str) and not group[0].tokens:
         prompt_ids = encode_prompt(state.tokenizer, group[0])
         for sample in group:
-            if sample.prompt == group[0].prompt:
+            if sample.prompt == group[0].prompt and not sample.tokens:
                 sample.tokens = list(prompt_ids)
     outputs = await asyncio.gather(
         *(generate_and_rm(args, sample, sampling_params, evaluation, state=state) for sample in group)
     )
     samples = [member for output in outputs for member in (output if isinstance(output, list) else [output])]
-    if args.group_rm:
-        await _score_group(args, samples, state)
+    if args.group_rm and not state.is_aborted and any(sample.reward is None for sample in samples):
+        with state.interruptible(state.scoring):
+            await _score_group(args, samples, state)
+        samples = [await _hook_one(args, sample, state, evaluation) for sample in samples]
     return samples
 
 
 async def _score_group(args: Any, samples: list[Sample], state: GenerateState) -> None:
-    finished = [sample for sample in samples if sample.status not in (SampleStatus.ABORTED, SampleStatus.FAILED)]
+    finished = [sample for sample in samples if sample.status not in UNSCORED]
     try:
         rewards = await batched_async_rm(args, finished)
     except RewardError as error:
@@ -271,13 +330,15 @@ def generate_rollout(
 
 
 async def _train_rollout(args: Any, rollout_id: int, data_source: DataSource) -> RolloutFnTrainOutput:
-    state = GenerateState(args)
-    groups = data_source.get_samples(args.rollout_batch_size)
-    finished = await _run_groups(args, groups, state.sampling_params, state, evaluation=False)
-    kept = [[sample for sample in group if sample.status is not SampleStatus.FAILED] for group in finished]
-    num_samples = max(1, sum(map(len, finished)))
-    metrics = {"rollout/failed": state.num_failed / num_samples, "rollout/num_failed": state.num_failed}
-    return RolloutFnTrainOutput([group for group in kept if group], metrics)
+    state = GenerateState(args, rollout_id)
+
+    def run_group(group: list[Sample]) -> Coroutine[Any, Any, list[Sample]]:
+        return generate_and_rm_group(args, group, state.sampling_params, state=state)
+
+    collected = await collect_groups(args, data_source, state, run_group)
+    filter_samples(args, collected.kept)
+    process_all_samples(args, collected.finished, data_source)
+    return RolloutFnTrainOutput(collected.kept, collected.metrics)
 
 
 async def eval_rollout(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
@@ -285,13 +346,13 @@ async def eval_rollout(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
 
     A sample that failed stays, with reward NaN. Each set may lose --max-failed-fraction of its samples.
     """
-    results = await asyncio.gather(*(_eval_set(dataset) for dataset in eval_sets(args)))
+    results = await asyncio.gather(*(_eval_set(dataset, rollout_id) for dataset in eval_sets(args)))
     return RolloutFnEvalOutput(dict(results))
 
 
-async def _eval_set(dataset: EvalSet) -> tuple[str, dict[str, Any]]:
+async def _eval_set(dataset: EvalSet, rollout_id: int) -> tuple[str, dict[str, Any]]:
     args = dataset.args
-    state = GenerateState(args)
+    state = GenerateState(args, rollout_id)
     params = state.sampling_params | dataset.sampling_params
     groups = await _run_groups(args, eval_groups(dataset), params, state, evaluation=True)
     samples = [sample for group in groups for sample in group]

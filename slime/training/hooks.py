@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slime.config import AlgorithmConfig
 from slime.data.packed import PackedBatch
+from slime.utils.misc import load_function
 
 # Name in the plug-in's dict -> field of a PackedBatch.
 _FIELDS = {
@@ -56,3 +58,25 @@ def joined(values: Sequence[Tensor], like: Tensor, *, what: str) -> Tensor:
     if flat.shape != like.shape:
         raise ValueError(f"{what} must have one value a response token, {len(like)} in all, got {len(flat)}")
     return flat
+
+
+def postprocess(cfg: AlgorithmConfig, rollout_id: int, batches: Sequence[PackedBatch]) -> None:
+    """--rollout-data-postprocess-path on this rank's share of a rollout, before its first optimizer step.
+
+    It sees the dict of `sample_lists` over all micro-batches; what it makes of `advantages` and `returns` is trained
+    on. Raises ValueError where these no longer have one value a response token.
+    """
+    path = cfg.rollout_data_postprocess_path
+    own = [batch for batch in batches if batch.rows]
+    if path is None or not own:
+        return
+    parts = [sample_lists(batch) for batch in own]
+    data = {name: [entry for part in parts for entry in part[name]] for name in parts[0]}
+    load_function(path)(cfg, rollout_id, data)
+    start = 0
+    for batch in own:
+        stop = start + batch.num_sequences
+        for name in {"advantages", "returns"} & data.keys():
+            what = f"--rollout-data-postprocess-path {path}: rollout_data[{name!r}]"
+            setattr(batch, name, joined(data[name][start:stop], batch.loss_mask, what=what))
+        start = stop

@@ -23,6 +23,7 @@ from slime.data.packed import PackedBatch
 from slime.training.advantages import attach_advantages
 from slime.training.backend import ModelTag, StepMetrics, TrainBackend
 from slime.training.estimators import estimator_of
+from slime.training.hooks import postprocess
 from slime.training.loss import loss_for, wants_of, weighted_sum
 from slime.training.plan import Steps, everything, plan_steps, whole_batch
 from slime.utils.misc import is_due
@@ -65,6 +66,7 @@ class Recipe:
         metrics: dict[str, float] = {}
         if self.algorithm.is_policy_loss:
             metrics |= self._attach_advantages(batch, steps)
+            postprocess(self.algorithm, rollout_id, everything(steps))
         with self.phase("actor_train"):
             results = [self._step(rollout_id, index, batch, step) for index, step in enumerate(steps)]
         if self.algorithm.needs_reference and is_due(rollout_id, self.algorithm.ref_update_interval):
