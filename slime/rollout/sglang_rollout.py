@@ -62,7 +62,8 @@ async def generate(args: Any, sample: Sample, sampling_params: SamplingParams, *
     """Sample one response, or the rest of one, and record it in `sample`: tokens, log-probs, text, status, version.
 
     Token in, token out: what the engine sampled is kept, no text is tokenised again. A response that has reached the
-    context is TRUNCATED, a prompt that leaves no room for one FAILED. Raises HTTPError.
+    context is TRUNCATED, a prompt that leaves no room for one FAILED. The seed, unless `sampling_params` has one,
+    follows from --rollout-seed, the sample's index and how far it has come. Raises HTTPError.
     """
     tokenizer = tokenizer_of(args)
     if not sample.tokens:
@@ -71,7 +72,7 @@ async def generate(args: Any, sample: Sample, sampling_params: SamplingParams, *
     params = _remaining(sample, sampling_params, context)
     if params["max_new_tokens"] <= 0:
         return _without_room(sample, context)
-    params["sampling_seed"] = sampling_seed(args.rollout_seed, sample.index, len(sample.tokens))
+    params.setdefault("sampling_seed", sampling_seed(args.rollout_seed, sample.index, len(sample.tokens)))
     url = get_model_url(args)
     output = await post(
         url,

@@ -193,6 +193,13 @@ def entropies(args, rollout_data):
 def no_advantages(args, rollout_data):
     pass
 
+def twofold(args, rollout_id, rollout_data):
+    assert rollout_id == 0 and len(rollout_data["tokens"]) == 8
+    rollout_data["advantages"] = [2 * advantages for advantages in rollout_data["advantages"]]
+
+def too_few(args, rollout_id, rollout_data):
+    rollout_data["advantages"] = [advantages[:1] for advantages in rollout_data["advantages"]]
+
 def reducer(total_lengths, response_lengths, loss_masks, calculate_per_token_loss):
     masks = torch.cat(loss_masks)
     return lambda values: (values * masks).sum() / 10
@@ -239,6 +246,18 @@ def test_the_old_policy_s_entropy_reaches_an_advantage_function(plugins: str, mo
     metrics, _ = train(model, tmp_path, batch_of(), num_steps_per_rollout=1, **settings)
     assert metrics["rollout/advantages"] == metrics["rollout/entropy"]
     assert metrics["rollout/entropy"] == pytest.approx(metrics["train/entropy_loss"], rel=1e-5)
+
+
+def test_a_postprocess_of_the_rollout_data_changes_what_is_trained_on(
+    plugins: str, model: Path, tmp_path: Path
+) -> None:
+    batch = batch_of()
+    common: dict[str, Any] = {"micro_batch_size": 3, "num_steps_per_rollout": 1} | STEADY
+    plain, _ = train(model, tmp_path, batch, **common)
+    double, _ = train(model, tmp_path, batch, rollout_data_postprocess_path=f"{plugins}.twofold", **common)
+    assert double["train/grad_norm"] == pytest.approx(2 * plain["train/grad_norm"], rel=1e-4)
+    with pytest.raises(ValueError, match=r"too_few: rollout_data\['advantages'\] must have one value a response token"):
+        train(model, tmp_path, batch, rollout_data_postprocess_path=f"{plugins}.too_few", **common)
 
 
 def test_a_custom_reducer_replaces_the_mean_of_the_policy_loss(plugins: str, model: Path, tmp_path: Path) -> None:
