@@ -13,13 +13,14 @@ class ConfigError(ValueError):
     """A setting that cannot be used: the message names the flag, the value and what to do."""
 
 
-def arg(default: Any, help: str, *, alias: str | None = None, disable: str | None = None) -> Any:
+def arg(default: Any, help: str, *, alias: str | None = None, disable: str | None = None, repeats: bool = False) -> Any:
     """Declare one setting: its default, its help line and its documented other names.
 
     alias: a second flag with the same meaning, such as `--rollout-stop-strings`.
     disable: for a bool that is True by default, a documented flag that turns it off, such as `--disable-x`.
+    repeats: for a list, a flag that is given again adds to it instead of replacing it.
     """
-    metadata = {"help": help, "alias": alias, "disable": disable}
+    metadata = {"help": help, "alias": alias, "disable": disable, "repeats": repeats}
     if isinstance(default, (list, dict)):
         return field(default_factory=partial(type(default), default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -32,6 +32,7 @@ class Setting(NamedTuple):
     choices: tuple[str, ...] | None
     alias: str | None
     disable: str | None
+    repeats: bool
 
     @property
     def flags(self) -> list[str]:
@@ -63,7 +64,8 @@ def _setting(item: dataclasses.Field[Any], hint: Any) -> Setting:
     kind = str if choices else (typing.get_origin(hint) or hint)
     default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
     meta = item.metadata
-    return Setting(item.name, meta["help"], default, kind, is_list, has_none, choices, meta["alias"], meta["disable"])
+    shape = (kind, is_list, has_none, choices)
+    return Setting(item.name, meta["help"], default, *shape, meta["alias"], meta["disable"], meta["repeats"])
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -95,6 +97,7 @@ def _add_flags(section: argparse._ArgumentGroup, setting: Setting) -> None:
     section.add_argument(
         *setting.flags,
         dest=setting.name,
+        action="extend" if setting.repeats else "store",
         type=_convert_json if setting.kind is dict else setting.kind,
         choices=setting.choices,
         nargs="+" if setting.is_list else None,

@@ -43,7 +43,9 @@ class RolloutConfig(Group):
         60.0, "Seconds that generation functions have to end when a rollout is complete; then they start over later."
     )
     rollout_sample_hook_path: list[str] | None = arg(
-        None, "f(args, sample, *, rollout_id, evaluation) -> Sample | None, async or not: called with scored samples."
+        None,
+        "f(args, sample, *, rollout_id, evaluation) -> Sample | None, async or not: called with scored samples.",
+        repeats=True,
     )
     rollout_sample_filter_path: str | None = arg(
         None, "f(args, groups) -> None: sets sample.remove_sample where a sample shall not be trained on."

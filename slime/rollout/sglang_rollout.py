@@ -45,6 +45,7 @@ __all__ = [
 # A sample in one of these is not generated again.
 GENERATED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED, SampleStatus.FAILED)
 UNSCORED = (SampleStatus.ABORTED, SampleStatus.FAILED)
+MAX_INTERRUPTIONS = 16  # of one sample, by somebody else who ends requests at the engines
 
 
 def get_model_url(args: Any, model_name: str = "actor", endpoint: str = "/generate") -> str:
@@ -194,13 +195,26 @@ async def _generate_unless_aborted(
             if state.is_aborted:
                 sample.status = SampleStatus.ABORTED
                 return sample
-            output = await _generate(args, sample, sampling_params, evaluation)
+            output = await _generate_to_its_end(args, sample, sampling_params, evaluation, state=state)
         if isinstance(output, Sample) or all(member.status is not SampleStatus.ABORTED for member in output):
             return output
         state.num_lost_tokens += sum(member.response_length for member in output)
         return _back_to_prompt(sample, num_prompt_tokens, rollout_id)
     state.num_lost_tokens += sample.response_length
     return _back_to_prompt(sample, num_prompt_tokens, rollout_id)
+
+
+async def _generate_to_its_end(
+    args: Any, sample: Sample, sampling_params: SamplingParams, evaluation: bool, *, state: GenerateState
+) -> Sample | list[Sample]:
+    """What generation makes of `sample`, continued where it was interrupted though nobody here called `abort`."""
+    output: Sample | list[Sample] = sample
+    for _ in range(MAX_INTERRUPTIONS):
+        output = await _generate(args, sample, sampling_params, evaluation)
+        if isinstance(output, list) or output.status is not SampleStatus.ABORTED or state.is_aborted:
+            return output
+        sample = output
+    raise HTTPError(f"somebody ended the request at the engine {MAX_INTERRUPTIONS} times", None)
 
 
 def _back_to_prompt(sample: Sample, num_prompt_tokens: int, rollout_id: int | None) -> Sample:

@@ -159,7 +159,10 @@ def test_a_buffer_filter_chooses_what_goes_first(make_args: MakeArgs) -> None:
 
 
 def test_sample_hooks_see_every_scored_sample_in_turn(make_args: MakeArgs) -> None:
-    samples = flat(rollout(make_args("--rollout-sample-hook-path", "my_samples.note", "my_samples.shorten")))
+    flag = "--rollout-sample-hook-path"
+    args = make_args(flag, "my_samples.note", flag, "my_samples.shorten")
+    assert args.rollout_sample_hook_path == ["my_samples.note", "my_samples.shorten"]
+    samples = flat(rollout(args))
     assert [sample.metadata["seen"] for sample in samples] == [{"rollout_id": 3, "evaluation": False}] * 4
 
 

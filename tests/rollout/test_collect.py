@@ -20,13 +20,13 @@ from slime.config.base import ConfigError
 from slime.rollout.base_types import RolloutFnTrainOutput
 from slime.rollout.data_source import RolloutDataSource, RolloutDataSourceWithBuffer
 from slime.rollout.filter_hub.base_types import DynamicFilterOutput
-from slime.rollout.sglang_rollout import RolloutFailed, generate, generate_rollout
+from slime.rollout.sglang_rollout import RolloutFailed, generate, generate_rollout, get_model_url
 from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.async_utils import run
-from slime.utils.http_utils import close
+from slime.utils.http_utils import close, get, post
 from slime.utils.types import Sample, SampleStatus
 
-SHORT, LONG = 3, 120
+SHORT, LONG = 3, 200
 MakeArgs = Callable[..., Args]
 Params = dict[str, Any]
 
@@ -113,6 +113,22 @@ async def long_is_in_a_tool(args: Args, sample: Sample, sampling_params: Params)
 
 
 returned: set[int] = set()
+
+
+async def interrupted_by_others(args: Args, sample: Sample, sampling_params: Params) -> Sample:
+    """All requests are ended while the first one runs."""
+    task = asyncio.ensure_future(long_or_short(args, sample, sampling_params))
+    if not interrupted:
+        interrupted.append(sample.index)
+        url = get_model_url(args, endpoint="/server_info")
+        start = (await get(url))["counters"]["generated_tokens"]
+        while (await get(url))["counters"]["generated_tokens"] < start + 4:
+            await asyncio.sleep(0)
+        await post(get_model_url(args, endpoint="/abort_request"), {"abort_all": True})
+    return await task
+
+
+interrupted: list[int | None] = []
 
 
 def keep_odd(args: Args, samples: list[Sample], **kwargs: Any) -> DynamicFilterOutput:
@@ -214,6 +230,18 @@ def test_a_data_source_that_ends_early_gives_a_smaller_rollout_and_then_an_error
 
 
 # --- partial rollouts
+
+
+def test_a_request_that_somebody_else_ended_goes_on(make_args: MakeArgs, engine: EngineUnderTest) -> None:
+    interrupted.clear()
+    args = make_args("--custom-generate-function-path", f"{__name__}.interrupted_by_others")
+    before = generated_tokens(engine)
+    output = rollout(args, 0, RolloutDataSource(args))
+    lengths = [sample.response_length for sample in flat(output.samples)]
+    assert lengths == [LONG, LONG, SHORT, SHORT]
+    assert sum(lengths) == generated_tokens(engine) - before
+    assert len(interrupted) == 1
+    assert max(len(sample.weight_versions) for sample in flat(output.samples)) >= 2
 
 
 def test_every_token_is_generated_once_and_none_is_lost_over_a_resume(

@@ -12,6 +12,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from helpers.embedded_engine import EngineUnderTest, running_engine
 from helpers.tiny_models import make_tiny_model
 
@@ -170,6 +172,29 @@ def test_a_finish_reason_that_is_not_known_is_a_failure(make_args: MakeArgs) -> 
     args = make_args(*custom("second_sample_breaks"))
     with pytest.raises(RolloutFailed, match=r"[1-4] of 8 samples failed.*finish reason 'tea_break'"):
         generate_rollout(args, 0, RolloutDataSource(args))
+
+
+def test_an_answer_that_is_no_generation_fails_the_sample_with_what_was_answered(make_args: MakeArgs) -> None:
+    async def generated_by(answer: Any) -> Sample:
+        async def handler(request: web.Request) -> web.Response:
+            return web.json_response(answer)
+
+        app = web.Application()
+        app.router.add_post("/generate", handler)
+        async with TestServer(app) as server:
+            args = make_args("--sglang-router-ip", "127.0.0.1", "--sglang-router-port", str(server.port))
+            sample = Sample(index=3, prompt="1+1=?")
+            await generate_and_rm(args, sample, GenerateState(args).sampling_params)
+            await close()
+            return sample
+
+    stop = {"finish_reason": {"type": "stop"}}
+    answers = [[], {"text": "x"}, {"text": "x", "meta_info": stop | {"output_token_logprobs": [[None, 1, None]]}}]
+    for answer in answers:
+        sample = run(generated_by(answer))
+        assert sample.status is SampleStatus.FAILED
+        assert "answered what is not a generation" in sample.metadata["failure"]
+        assert sample.response_length == 0
 
 
 def test_a_failure_of_samples_that_generation_made_is_told(make_args: MakeArgs) -> None:
