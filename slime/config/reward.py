@@ -13,7 +13,8 @@ class RewardConfig(Group):
     """Reward: the rule or the function that scores a response, and what its failures cost."""
 
     rm_type: str | None = arg(
-        None, "Rule reward, such as math, dapo or exact_match; prefix boxed_ extracts \\boxed{} first."
+        None,
+        "Rule: dapo, deepscaler, exact_match, f1, gpqa, ifbench, math, random, remote_rm; boxed_X: X on the \\boxed{}.",
     )
     rm_url: str | None = arg(None, "Address of a reward server, for --rm-type remote_rm.")
     custom_rm_path: str | None = arg(None, "Reward function: async f(args, sample, **kw) -> float | dict.")

@@ -16,8 +16,12 @@ from slime.rollout.rm_hub.answers import extract_boxed
 from slime.rollout.rm_hub.coin import random_reward
 from slime.rollout.rm_hub.custom import custom_reward, custom_rewards
 from slime.rollout.rm_hub.dapo import dapo_reward
+from slime.rollout.rm_hub.deepscaler import deepscaler_reward
 from slime.rollout.rm_hub.errors import Reward, RewardError, checked_reward
 from slime.rollout.rm_hub.exact_match import exact_match_reward
+from slime.rollout.rm_hub.f1 import f1_reward
+from slime.rollout.rm_hub.gpqa import gpqa_reward
+from slime.rollout.rm_hub.ifbench import ifbench_reward
 from slime.rollout.rm_hub.math_rule import math_reward
 from slime.rollout.rm_hub.remote import remote_rm
 from slime.utils.types import Sample
@@ -36,12 +40,16 @@ __all__ = [
 
 RULES: dict[str, Callable[[Any, Sample], Any]] = {
     "dapo": dapo_reward,
+    "deepscaler": deepscaler_reward,
     "exact_match": exact_match_reward,
+    "f1": f1_reward,
+    "gpqa": gpqa_reward,
+    "ifbench": ifbench_reward,
     "math": math_reward,
     "random": random_reward,
     "remote_rm": remote_rm,
 }
-RULES_WITH_LABEL = frozenset({"dapo", "exact_match", "math"})
+RULES_WITH_LABEL = frozenset({"dapo", "deepscaler", "exact_match", "f1", "gpqa", "math"})
 RULES_OF_DICTS = frozenset({"dapo"})  # their rewards need a --reward-key
 BOXED_PREFIX = "boxed_"  # boxed_dapo: dapo on what stands in the last \boxed{}
 

@@ -27,7 +27,7 @@ Adapter = Callable[[Any, str, list[Sample], Call], Awaitable[Any]]
 
 async def custom_reward(args: Any, path: str, sample: Sample, kwargs: dict[str, Any]) -> Any:
     """The reward of one sample by the function at `path`, unchecked. Raises RewardError."""
-    call = partial(_call, args, sample.index)
+    call = partial(call_function, args, sample.index)
     if args.custom_rm_style == "slime":
         return await call(path, args, sample, **kwargs)
     rewards = _checked_list(await ADAPTERS[args.custom_rm_style](args, path, [sample], call), path, [sample])
@@ -36,7 +36,7 @@ async def custom_reward(args: Any, path: str, sample: Sample, kwargs: dict[str, 
 
 async def custom_rewards(args: Any, path: str, samples: list[Sample], kwargs: dict[str, Any]) -> list[Any]:
     """The rewards of a group by one call of the function at `path`, unchecked. Raises RewardError."""
-    call = partial(_call, args, samples[0].index)
+    call = partial(call_function, args, samples[0].index)
     if args.custom_rm_style == "slime":
         rewards = await call(path, args, samples, **kwargs)
     else:
@@ -44,8 +44,11 @@ async def custom_rewards(args: Any, path: str, samples: list[Sample], kwargs: di
     return _checked_list(rewards, path, samples)
 
 
-async def _call(args: Any, sample_index: int | None, path: str, /, *positional: Any, **kwargs: Any) -> Any:
-    """An async function runs in this event loop, any other in a worker process (--rm-num-workers 0: in a thread)."""
+async def call_function(args: Any, sample_index: int | None, path: str, /, *positional: Any, **kwargs: Any) -> Any:
+    """What the function at `path` returns, within --rm-timeout-s.
+
+    An async one runs in this event loop, any other in a worker process, with --rm-num-workers 0 in a thread.
+    """
     function = load_function(path)
     timeout_s = args.rm_timeout_s
     if is_async(function) or args.rm_num_workers == 0:
