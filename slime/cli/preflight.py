@@ -192,6 +192,10 @@ def _check_reward(args: Args, sample: Sample, location: str, purpose: Purpose) -
             f"{location}: the rewards of the rule {name} are dicts: name the entry to use with "
             f"{purpose.flags}reward-key, such as score."
         )
+    if name == "ifbench" and not sample.metadata.get("instruction_id_list"):
+        raise ConfigError(
+            f"{location}: the rule ifbench needs 'instruction_id_list' in the metadata: see docs/rewards.md."
+        )
     if name == "remote_rm" and args.rm_url is None:
         raise ConfigError(f"{location}: the rule remote_rm needs the address of its server: give --rm-url.")
 

@@ -52,6 +52,7 @@ def make_args(model: Path, tmp_path: Path) -> MakeArgs:
         ([ROW], ["--rm-type", "boxed_exact_match"], "the rule exact_match compares with a label"),
         ([ROW], ["--rm-type", "dapo", "--label-key", "label"], "name the entry to use with --reward-key"),
         ([ROW], ["--rm-type", "remote_rm"], "give --rm-url"),
+        ([ROW], ["--rm-type", "ifbench"], "rows.jsonl:1: the rule ifbench needs 'instruction_id_list' in the metadata"),
         (
             [ROW, ROW | {"metadata": {"rm_type": "maths"}}],
             ["--rm-type", "random"],
