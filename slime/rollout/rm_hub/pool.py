@@ -11,13 +11,14 @@ import socket
 import subprocess
 import sys
 import threading
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from slime.rollout.rm_hub.errors import RewardError
 from slime.rollout.rm_hub.worker_process import HEADER, samples_of
 
+GRACE_S = 5.0  # for a function whose reward nobody waits for any more
 START_S = 120.0  # deadline for the start of a process; the imports of a function count towards its first call
 _CHUNK_BYTES = 1 << 18
 
@@ -40,7 +41,7 @@ async def call_in_worker(
 
     At most `num_workers` run at a time, the others wait, their deadline not yet running. Metadata that the function
     writes into samples is copied back. Raises RewardError if it raises, takes longer than `timeout_s` seconds (its
-    process is then killed, as it is when this call is cancelled) or ends its process.
+    process is then killed) or ends its process. Where this call is cancelled the function has GRACE_S to end.
     """
     try:
         request = pickle.dumps((path, args, kwargs))
@@ -60,22 +61,34 @@ async def call_in_worker(
 
 async def _exchange(path: str, request: bytes, sample_index: int | None, timeout_s: float) -> Any:
     worker = await _take()
+    exchange = asyncio.create_task(worker.exchange(request))
+    _running.add(exchange)
+    exchange.add_done_callback(partial(_settle, worker))
     try:
         async with asyncio.timeout(timeout_s):
-            reply = await worker.exchange(request)
+            return await asyncio.shield(exchange)
     except TimeoutError as error:
         worker.kill()
         raise RewardError(path, sample_index, f"no reward within {timeout_s:g} s (--rm-timeout-s)") from error
     except ConnectionError as error:
-        worker.kill()
         raise RewardError(path, sample_index, "its process ended while it ran") from error
-    except BaseException:  # cancelled: the function may go on for ever
-        worker.kill()
+    except asyncio.CancelledError:  # most functions end soon, and their processes are worth keeping
+        timer = asyncio.get_running_loop().call_later(GRACE_S, worker.kill)
+        exchange.add_done_callback(lambda _: timer.cancel())
         raise
-    _idle.append(worker)
-    return reply
 
 
+def _settle(worker: Worker, exchange: asyncio.Task[Any]) -> None:
+    """A worker that answered waits for the next request, any other is ended."""
+    _running.discard(exchange)
+    if exchange.cancelled() or exchange.exception() is not None:
+        worker.kill()
+        worker.close()
+    else:
+        _idle.append(worker)
+
+
+_running: set[asyncio.Task[Any]] = set()
 _idle: list[Worker] = []  # of this operating-system process, whatever event loop uses them
 
 
@@ -85,16 +98,18 @@ async def _take() -> Worker:
         worker = _idle.pop()
         if worker.is_alive():
             return worker
-        worker.kill()
+        worker.close()
     worker = Worker()
     try:
         async with asyncio.timeout(START_S):
             await worker.receive()
     except (TimeoutError, ConnectionError) as error:
         worker.kill()
+        worker.close()
         raise RuntimeError(f"a process for rewards ended at its start, or took over {START_S:.0f} s") from error
     except BaseException:
         worker.kill()
+        worker.close()
         raise
     return worker
 
@@ -110,6 +125,7 @@ class Worker:
 
     def __init__(self) -> None:
         program = Path(__file__).with_name("worker_process.py")
+        self._is_killed = False
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         with theirs:
@@ -127,7 +143,7 @@ class Worker:
         return self._process.pid
 
     def is_alive(self) -> bool:
-        return self._process.poll() is None
+        return not self._is_killed and self._process.poll() is None
 
     async def exchange(self, request: bytes) -> Any:
         """The answer to one pickled request. Raises ConnectionError if the process ends instead."""
@@ -152,7 +168,13 @@ class Worker:
 
     def kill(self) -> None:
         """End it and what it started, at once."""
+        if self._is_killed:
+            return
+        self._is_killed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._socket.close()
         threading.Thread(target=self._process.wait, name="reward-reaper", daemon=True).start()
+
+    def close(self) -> None:
+        """Let go of its socket, once nothing reads from it."""
+        self._socket.close()
