@@ -8,9 +8,12 @@ from slime.arguments import Args
 from slime.ray.job import Job
 
 
-def train(args: Args) -> Path:
-    """Run `args.num_rollout` rollouts, each followed by training on it. Returns the run directory."""
-    with Job(args) as job:
+def train(args: Args, *, is_async: bool = False) -> Path:
+    """Run `args.num_rollout` rollouts, each followed by training on it. Returns the run directory.
+
+    is_async: `generate` returns a rollout that was sampled while the one before was trained on, and begins the next.
+    """
+    with Job(args, is_async=is_async) as job:
         rollout, actor, memory = job.rollout, job.actor, job.memory
 
         memory.sync_weights(job.start_rollout_id)

@@ -16,6 +16,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("slime.cli.train", "post-train a model; every setting is a flag"),
+    "train-async": Command("slime.cli.train_async", "the same, engines sampling one rollout ahead of the trainers"),
     "quickstart": Command("slime.cli.quickstart", "a tiny model learns arithmetic, in minutes, on a CPU"),
     "report": Command("slime.cli.report", "one HTML page and a picture of a run"),
 }

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from slime.arguments import parse_args
 from slime.cli.errors import reported_errors
 from slime.cli.preflight import preflight
+from slime.config.validate import check_loop
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
+def main(argv: Sequence[str] | None = None, *, is_async: bool = False) -> int:
+    """Exit code: 0 done, 1 failed, 2 wrong settings, 130 interrupted. is_async: sample one rollout ahead."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # plug-ins beside the user
     with reported_errors() as outcome:
         args = parse_args(argv)
+        check_loop(args, is_async=is_async)
         findings = preflight(args)
         if args.dry_run:
             from slime.cli.dry_run import print_plan
@@ -27,6 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from slime.ray.job import run_directory
 
         outcome.log_dir = run_directory(args)
-        run_dir = train(args)
+        run_dir = train(args, is_async=is_async)
         print(f"run directory: {run_dir}")
     return outcome.code

@@ -8,6 +8,7 @@ from typing import Literal
 from slime.config.base import Group, arg, check, check_not_negative, check_positive
 
 DEFAULT_ROLLOUT_FUNCTION = "slime.rollout.sglang_rollout.generate_rollout"
+FULLY_ASYNC_ROLLOUT_FUNCTION = "slime.rollout.fully_async_rollout.generate_rollout_fully_async"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,15 @@ class RolloutConfig(Group):
     )
     update_weight_buffer_size: int = arg(512 * 2**20, "Bytes gathered at once when weights are sent or exported.")
     check_weight_update_equal: bool = arg(False, "After each update compare checksums of all tensors on both sides.")
+    update_weights_interval: int = arg(1, "Rollouts between two weight updates; more than 1 with train_async.py only.")
+    max_weight_staleness: int | None = arg(
+        None,
+        "Versions by which the weights that sampled may be older than those that train (default: no bound; fully "
+        "asynchronous rollouts begin groups at most 2 versions ahead).",
+    )
+    stale_samples: Literal["refresh", "drop"] = arg(
+        "refresh", "Groups beyond --max-weight-staleness: sample their prompts anew later, or leave them out."
+    )
     use_fault_tolerance: bool = arg(True, "Restart engines and router that die or hang.")
     rollout_health_check_interval: float = arg(5.0, "Seconds between two looks at each engine and the router.")
     rollout_health_check_timeout: float = arg(30.0, "Seconds for an answer before an engine counts as hanging.")
@@ -94,7 +104,8 @@ class RolloutConfig(Group):
         check_positive(self, "rollout_temperature", "rollout_max_response_len", "rollout_max_context_len")
         check_positive(self, "rollout_max_prompt_len", "sglang_server_concurrency", "update_weight_buffer_size")
         check_positive(self, "rollout_health_check_interval", "rollout_health_check_timeout")
-        check_not_negative(self, "start_rollout_id", "max_engine_restarts", "rollout_seed")
+        check_not_negative(self, "start_rollout_id", "max_engine_restarts", "rollout_seed", "max_weight_staleness")
+        check_positive(self, "update_weights_interval")
         check(0 < self.rollout_top_p <= 1, "rollout_top_p", "above 0 and at most 1", self.rollout_top_p)
         check(self.rollout_top_k == -1 or self.rollout_top_k > 0, "rollout_top_k", "-1 or above 0", self.rollout_top_k)
         super().__post_init__()

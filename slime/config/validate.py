@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from slime.config.base import ConfigError
-from slime.config.rollout import DEFAULT_ROLLOUT_FUNCTION
+from slime.config.rollout import DEFAULT_ROLLOUT_FUNCTION, FULLY_ASYNC_ROLLOUT_FUNCTION
 from slime.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -234,6 +234,11 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         "--debug-train-only starts no engines and the default rollout needs them: give a --rollout-function-path that "
         "brings complete samples, such as slime.rollout.sft_rollout.generate_rollout.",
     )
+    _require(
+        not (config.colocate and config.rollout_function_path == FULLY_ASYNC_ROLLOUT_FUNCTION),
+        "--rollout-function-path generate_rollout_fully_async samples while trainers train: give engines slots of "
+        "their own (--rollout-num-gpus) and drop --colocate.",
+    )
     max_prompt_len, context = config.rollout_max_prompt_len, config.rollout_max_context_len
     if max_prompt_len is None and context is not None:
         max_prompt_len = max(1, context - 1)
@@ -297,6 +302,31 @@ def _evaluate(config: RunConfig) -> dict[str, Any]:
         "eval_max_context_len": max_context_len,
         "eval_reward_key": _first(config.eval_reward_key, config.reward_key),
     }
+
+
+def check_loop(config: RunConfig, *, is_async: bool) -> None:
+    """Raise ConfigError where the settings do not go with the loop: that of train_async.py, or the synchronous one."""
+    interval, bound = config.update_weights_interval, config.max_weight_staleness
+    _require(
+        is_async or interval == 1,
+        f"--update-weights-interval {interval} needs train_async.py: train.py updates after every rollout.",
+    )
+    _require(
+        not (is_async and config.colocate),
+        "train_async.py samples while trainers train: give engines slots of their own (--rollout-num-gpus) and drop "
+        "--colocate.",
+    )
+    is_ahead = is_async or config.rollout_function_path == FULLY_ASYNC_ROLLOUT_FUNCTION
+    _require(
+        not (is_ahead and config.keep_old_actor),
+        "--keep-old-actor keeps one version of the weights, asynchronous rollouts are sampled by earlier ones: use "
+        "--use-rollout-logprobs.",
+    )
+    _require(
+        not is_async or bound is None or bound >= interval,
+        f"--max-weight-staleness {bound} cannot be held: train_async.py samples one rollout ahead, with weights that "
+        f"are up to --update-weights-interval {interval} versions old.",
+    )
 
 
 def with_context(config: RunT, longest: int) -> RunT:

@@ -17,6 +17,7 @@ from slime.utils.types import Sample, SampleStatus
 _TAIL_CHARS = 32
 _WINDOW_CHARS = 2048
 _MIN_REPEATS = 5
+STALENESS_COUNT = "rollout/staleness/count_"  # followed by an age in versions
 
 
 def rollout_metrics(
@@ -30,7 +31,7 @@ def rollout_metrics(
     """The `rollout/*` and `perf/*` metrics of one rollout.
 
     rewards: one raw reward per sample. seconds: wall time of the whole rollout. num_gpus: devices that sampled.
-    weight_version: the policy's newest version; given, staleness is reported against it.
+    weight_version: the policy's version that trains on them; given, staleness is reported against it.
 
     `rollout/response_lengths` counts all response tokens, `rollout/response_len/*` and the throughputs only those
     that the policy sampled (the loss mask). Raises ValueError on no samples or on unequal lengths.
@@ -182,14 +183,15 @@ def _engine_counters(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def _staleness(samples: Sequence[Sample], weight_version: int) -> dict[str, float]:
-    """Versions between the newest policy and the oldest that sampled a token of the response; versions that are
-    no numbers (an engine that was never updated) are left out."""
-    versions = [[int(v) for v in sample.weight_versions if v.isdecimal()] for sample in samples]
-    ages = [weight_version - min(own) for own in versions if own]
+    """Versions between the policy that is trained and the oldest that sampled a token of the response, and how many
+    samples there are of each age; samples without a numbered version (of an engine never updated) are left out."""
+    known = [sample for sample in samples if sample.oldest_weight_version is not None]
+    ages = [weight_version - (sample.oldest_weight_version or 0) for sample in known]
     if not ages:
         return {}
-    return {
+    counts = {f"{STALENESS_COUNT}{age}": float(count) for age, count in sorted(Counter(ages).items())}
+    return counts | {
         "rollout/staleness/mean": sum(ages) / len(ages),
         "rollout/staleness/max": float(max(ages)),
-        "rollout/staleness/mixed_ratio": sum(len(set(own)) > 1 for own in versions if own) / len(ages),
+        "rollout/staleness/mixed_ratio": sum(len(set(sample.weight_versions)) > 1 for sample in known) / len(ages),
     }

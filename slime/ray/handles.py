@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray import ObjectRef
 from ray.actor import ActorHandle
@@ -45,8 +45,68 @@ class RolloutHandle:
             metrics: dict[str, float] = self._get(self.manager.eval.remote(num_trained), "an evaluation")
         self.journal.evaluated(num_trained, metrics)
 
+    def save(self, rollout_id: int) -> None:
+        """Write the state of the data source after `rollout_id`."""
+        self._save(rollout_id)
+
+    def _save(self, rollout_id: int) -> None:
+        call: ObjectRef = self.manager.save.remote(rollout_id)
+        self.watchdog.get([call], timeout_s=self.args.train_timeout_s, what="the data source to be saved")
+
     def _get(self, ref: ObjectRef, what: str) -> Any:
         return self.watchdog.get([ref], timeout_s=self.args.rollout_timeout_s, what=what)[0]
+
+
+class _Ahead(NamedTuple):
+    rollout_id: int
+    call: ObjectRef
+
+
+@dataclass
+class RolloutAhead(RolloutHandle):
+    """The rollout manager one rollout ahead: it samples rollout N + 1 while N is trained on, and evaluates beside that.
+
+    The manager runs its calls in turn, so what is saved of the data source after N is from before N + 1.
+    """
+
+    num_rollout: int = 0
+    _ahead: _Ahead | None = None
+    _evaluation: _Ahead | None = None  # its rollout_id is how many rollouts the policy had trained
+
+    def generate(self, rollout_id: int) -> ObjectRef:
+        """The rollout that was begun in the call before; begins the next."""
+        ahead = self._ahead if self._ahead is not None else self._begin(rollout_id)
+        assert ahead.rollout_id == rollout_id
+        with self.journal.phase("rollout_wait", "the engines to sample and the rewards"):
+            result: RolloutResult = self._get(ahead.call, "a rollout")
+        self.journal.rollout_metrics |= result.metrics
+        if self.args.save is not None:
+            self._save(rollout_id)  # whether this one gets a checkpoint may turn out later, by a signal
+        self._ahead = self._begin(rollout_id + 1) if rollout_id + 1 < self.num_rollout else None
+        return result.batch
+
+    def eval(self, num_trained: int) -> None:
+        """Begin to evaluate; after the last rollout, wait for the end."""
+        self._evaluation = _Ahead(num_trained, self.manager.eval.remote(num_trained))
+        if self._ahead is None and num_trained == self.num_rollout:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the engines have nothing to do: no rollout ahead, no evaluation."""
+        if self._evaluation is not None:
+            with self.journal.phase("eval", "the evaluation"):
+                metrics: dict[str, float] = self._get(self._evaluation.call, "an evaluation")
+            self.journal.evaluated(self._evaluation.rollout_id, metrics)
+            self._evaluation = None
+        if self._ahead is not None:
+            with self.journal.phase("rollout_wait", "the engines to sample the next rollout"):
+                self._get(self._ahead.call, "a rollout")
+
+    def save(self, rollout_id: int) -> None:
+        """`generate` has done it."""
+
+    def _begin(self, rollout_id: int) -> _Ahead:
+        return _Ahead(rollout_id, self.manager.generate.remote(rollout_id, self.weight_version))
 
 
 class ActorGroup:

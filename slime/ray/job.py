@@ -23,9 +23,9 @@ from slime.arguments import Args, settings_as_dict
 from slime.observability.progress import Progress
 from slime.ray.actors import create_actor
 from slime.ray.engine_fleet import EngineFleet
-from slime.ray.handles import ActorCriticHandle, ActorGroup, PolicyHandle, RolloutHandle
+from slime.ray.handles import ActorCriticHandle, ActorGroup, PolicyHandle, RolloutAhead, RolloutHandle
 from slime.ray.journal import Journal
-from slime.ray.memory import Colocated, Disaggregated, Memory, NoEngines
+from slime.ray.memory import Colocated, Disaggregated, Memory, NoEngines, UpdatedBetweenRollouts
 from slime.ray.placement import Slots, allocate, start_ray, stays_on_machine
 from slime.ray.rollout_manager import RolloutManager
 from slime.ray.train_actor import Role
@@ -52,8 +52,9 @@ class Job:
     start_rollout_id: int
     num_rollout: int
 
-    def __init__(self, args: Args) -> None:
+    def __init__(self, args: Args, *, is_async: bool = False) -> None:
         self.args = args
+        self.is_async = is_async
         self.run_dir = run_directory(args)
         self.is_in_loop = False
         self.is_stopping = False
@@ -121,7 +122,7 @@ class Job:
             start_rollout_id=self.start_rollout_id,
         )
         self.journal = self._stack.enter_context(journal)
-        self.rollout = RolloutHandle(self.args, self.manager, self.watchdog, journal)
+        self.rollout = self._open_rollout()
         actor, *critics = self.trainers
         policy = PolicyHandle(actor, journal)
         self.actor = ActorCriticHandle(self.args, policy, critics[0], journal) if critics else policy
@@ -129,9 +130,16 @@ class Job:
             self.memory = NoEngines()
             return
         self.watchdog.monitors.append(fleet.watch.remote())
-        kind = Colocated if self.args.colocate else Disaggregated
         sleepers = [actor] if self.args.has_critic_slots else self.trainers
-        self.memory = kind(self.args, fleet, actor, sleepers, self.rollout, self.watchdog, journal)
+        parts = (self.args, fleet, actor, sleepers, self.rollout, self.watchdog, journal)
+        if isinstance(self.rollout, RolloutAhead):
+            self.memory = UpdatedBetweenRollouts(*parts, ahead=self.rollout, is_due=self._updates_to)
+        else:
+            self.memory = Colocated(*parts) if self.args.colocate else Disaggregated(*parts)
+
+    def _open_rollout(self) -> RolloutHandle:
+        parts = (self.args, self.manager, self.watchdog, self.journal)
+        return RolloutAhead(*parts, num_rollout=self.num_rollout) if self.is_async else RolloutHandle(*parts)
 
     def _start_manager(self) -> ActorHandle:
         manager = create_actor(RolloutManager, self.args, str(self.run_dir))
@@ -227,6 +235,11 @@ class Job:
         interval = self.args.eval_interval
         return interval is not None and not self.is_stopping and (is_last or is_due(rollout_id, interval))
 
+    def _updates_to(self, version: int) -> bool:
+        """Whether engines take `version`: the first, every --update-weights-interval, and where it is evaluated."""
+        is_first = version == self.start_rollout_id
+        return is_first or is_due(version - 1, self.args.update_weights_interval) or self.evaluates_after(version - 1)
+
     def saves_after(self, rollout_id: int) -> bool:
         """Whether to write a checkpoint after `rollout_id`: at the interval, at the end, and when told to stop."""
         due = is_due(rollout_id, self.args.save_interval, self.num_rollout)
@@ -235,8 +248,7 @@ class Job:
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint: data source, critic, and last the actor, whose tracker makes it complete."""
         with self.journal.phase("save", "the checkpoint"):
-            call: ObjectRef = self.manager.save.remote(rollout_id)
-            self.watchdog.get([call], timeout_s=self.args.train_timeout_s, what="the data source to be saved")
+            self.rollout.save(rollout_id)
             for group in reversed(self.trainers):
                 group.save(rollout_id)
         self.saved_rollout_id = rollout_id

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray.actor import ActorHandle
 
 from slime.arguments import Args
-from slime.ray.handles import ActorGroup, RolloutHandle
+from slime.ray.handles import ActorGroup, RolloutAhead, RolloutHandle
 from slime.ray.journal import Journal
 from slime.ray.watchdog import Watchdog
 
@@ -58,6 +59,23 @@ class Disaggregated:
         call = getattr(self.fleet, method).remote(*args)
         timeout_s = self.args.weight_sync_timeout_s + self.args.engine_start_timeout_s  # some may be started anew
         return self.watchdog.get([call], timeout_s=timeout_s, what=f"the engines ({method})")[0]
+
+
+@dataclass
+class UpdatedBetweenRollouts(Disaggregated):
+    """Engines sample one rollout ahead: each rollout is sampled by one version, and a version may be left out.
+
+    is_due: whether a version is sent.
+    """
+
+    ahead: RolloutAhead
+    is_due: Callable[[int], bool]
+
+    def sync_weights(self, version: int) -> None:
+        """Where it is due, once engines are done with what they have."""
+        if self.is_due(version):
+            self.ahead.finish()
+            super().sync_weights(version)
 
 
 @dataclass

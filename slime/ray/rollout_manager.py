@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from slime.ray.watchdog import thread_stacks, wait_for_the_end
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, call_rollout_fn
 from slime.rollout.eval_data import samples_per_prompt
 from slime.rollout.hooks import logs_eval_itself, logs_rollout_itself
+from slime.rollout.staleness import without_stale
 from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.logging import configure_logging
 from slime.utils.misc import load_function
@@ -81,11 +83,14 @@ class RolloutManager:
     def generate(self, rollout_id: int, weight_version: int) -> RolloutResult:
         """One rollout, scored and laid out for training. weight_version: what the engines hold now."""
         start = time.monotonic()
-        output = call_rollout_fn(self.generate_function, self.args, rollout_id, self.data_source, evaluation=False)
+        function = self.generate_function
+        known = {"weight_version": weight_version} if "weight_version" in signature(function).parameters else {}
+        output = call_rollout_fn(function, self.args, rollout_id, self.data_source, evaluation=False, **known)
         assert isinstance(output, RolloutFnTrainOutput)
-        samples = [sample for group in output.samples for sample in group]
+        groups, stale = without_stale(self.args, rollout_id, output.samples, self.data_source)
+        samples = [sample for group in groups for sample in group]
         raw_rewards, batch = self._training_data(samples)
-        seconds, extra = time.monotonic() - start, output.metrics or {}
+        seconds, extra = time.monotonic() - start, (output.metrics or {}) | stale
         self._write_samples(rollout_id, samples, raw_rewards)
         if logs_rollout_itself(self.args, rollout_id, samples, extra_metrics=extra, seconds=seconds):
             return RolloutResult(ray.put(batch), {})
@@ -94,7 +99,7 @@ class RolloutManager:
             raw_rewards,
             seconds=seconds,
             num_gpus=max(1, self.args.rollout_num_gpus or 1),
-            weight_version=weight_version,
+            weight_version=rollout_id,
         )
         return RolloutResult(ray.put(batch), metrics | extra)
 

@@ -172,12 +172,13 @@ class RolloutDataSourceWithBuffer(RolloutDataSource):
     """A `RolloutDataSource` that gives out the groups handed to `add_samples` before new prompts.
 
     args.buffer_filter_path names `f(args, rollout_id, buffer, num_samples) -> groups`, which takes at most num_samples
-    groups out of `buffer`; default `pop_first`. The buffer is part of the saved state.
+    groups out of `buffer`; default `pop_first`. The buffer is part of the saved state, `under_way()` before it.
     """
 
     def __init__(self, args: Any) -> None:
         super().__init__(args)
         self.buffer: Groups = []
+        self.under_way: Callable[[], Groups] = list  # taken by a rollout that outlives its call, and not yet trained on
         self.buffer_filter: Callable[..., Groups] = (
             pop_first if args.buffer_filter_path is None else load_function(args.buffer_filter_path)
         )
@@ -204,7 +205,8 @@ class RolloutDataSourceWithBuffer(RolloutDataSource):
         return len(self.buffer)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"buffer": [[sample.to_dict() for sample in group] for group in self.buffer]}
+        groups = [*self.under_way(), *self.buffer]
+        return super().state_dict() | {"buffer": [[sample.to_dict() for sample in group] for group in groups]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

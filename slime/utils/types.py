@@ -129,6 +129,12 @@ class Sample:
         """Response tokens that are trained on."""
         return self.response_length if self.loss_mask is None else sum(self.loss_mask)
 
+    @property
+    def oldest_weight_version(self) -> int | None:
+        """The first of the versions that sampled the response; None where none is a number (an engine before its
+        first update)."""
+        return min((int(version) for version in self.weight_versions if version.isdecimal()), default=None)
+
     def get_reward_value(self, args: Any, *, evaluation: bool = False) -> float:
         """The scalar reward: `reward`, or its entry `args.reward_key` (`args.eval_reward_key`) where it is a dict.
 
@@ -193,9 +199,9 @@ class Sample:
         self._record(meta_info, terminal=True)
 
     def _record(self, meta_info: dict[str, Any], *, terminal: bool) -> None:
-        version = meta_info.get("weight_version")
-        if version is not None:
-            self.weight_versions.append(str(version))
+        spans = meta_info.get("weight_versions") or []  # of an engine that tells of updates within the response
+        versions = [span["version"] for span in spans] or [meta_info.get("weight_version")]
+        self.weight_versions += [str(version) for version in versions if version is not None]
         self.prefix_cache_info.add(meta_info)
         self.spec_info.add(meta_info)
         finish_reason = meta_info.get("finish_reason")

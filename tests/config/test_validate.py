@@ -9,7 +9,8 @@ import pytest
 
 from slime.arguments import Args
 from slime.config import ConfigError
-from slime.config.validate import resolve, with_context
+from slime.config.rollout import FULLY_ASYNC_ROLLOUT_FUNCTION as FULLY_ASYNC
+from slime.config.validate import check_loop, resolve, with_context
 
 MINIMAL: dict[str, Any] = {
     "hf_checkpoint": "model",
@@ -28,6 +29,10 @@ def resolved(**settings: Any) -> Args:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    # asynchrony
+    ({"rollout_function_path": FULLY_ASYNC, "colocate": True, "rollout_num_gpus": None}, "samples while trainers trai"),
+    ({"max_weight_staleness": -1}, "--max-weight-staleness must be 0 or more"),
+    ({"update_weights_interval": 0}, "--update-weights-interval must be above 0"),
     # the algorithm's parts
     ({"advantage_estimator": "grop"}, "or the dotted path of an Estimator, got 'grop'"),
     ({"advantage_estimator": "reinforce_plus_plus"}, "--advantage-estimator reinforce_plus_plus needs --normalize-adv"),
@@ -202,6 +207,30 @@ DERIVED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_what_follows_from_other_settings_is_filled_in(settings: dict[str, Any], expected: dict[str, Any]) -> None:
     args = resolved(**settings)
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_async", "message"),
+    [
+        ({"colocate": True, "rollout_num_gpus": None}, True, "train_async.py samples while trainers train: give eng"),
+        ({"update_weights_interval": 2}, False, "--update-weights-interval 2 needs train_async.py"),
+        ({"max_weight_staleness": 0}, True, "--max-weight-staleness 0 cannot be held"),
+        ({"max_weight_staleness": 1, "update_weights_interval": 2}, True, "up to --update-weights-interval 2 versions"),
+        ({"keep_old_actor": True}, True, "--keep-old-actor keeps one version"),
+        ({"keep_old_actor": True, "rollout_function_path": FULLY_ASYNC}, False, "--keep-old-actor keeps one version"),
+    ],
+)
+def test_what_does_not_go_with_the_loop_is_refused(settings: dict[str, Any], is_async: bool, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check_loop(resolved(**settings), is_async=is_async)
+    assert message in str(refusal.value)
+
+
+def test_each_loop_takes_what_is_its_own() -> None:
+    check_loop(
+        resolved(colocate=True, rollout_num_gpus=None, max_weight_staleness=0, keep_old_actor=True), is_async=False
+    )
+    check_loop(resolved(update_weights_interval=2, max_weight_staleness=2), is_async=True)
 
 
 def test_resolving_twice_changes_nothing() -> None:

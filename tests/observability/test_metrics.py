@@ -118,6 +118,8 @@ def test_staleness_counts_versions_from_the_oldest_that_sampled_a_token():
     assert metrics["rollout/staleness/mean"] == 1.5
     assert metrics["rollout/staleness/max"] == 3
     assert metrics["rollout/staleness/mixed_ratio"] == 0.5
+    counts = {key: value for key, value in metrics.items() if "staleness/count" in key}
+    assert counts == {"rollout/staleness/count_0": 1, "rollout/staleness/count_3": 1}
 
 
 @pytest.mark.parametrize("solved", range(9))

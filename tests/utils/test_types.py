@@ -29,6 +29,15 @@ def test_a_tool_call_inside_a_response_is_masked_and_kept_in_step() -> None:
     sample.check()
 
 
+def test_versions_within_one_response_are_all_kept() -> None:
+    spans = [{"version": "3", "start": 0, "end": 1}, {"version": "5", "start": 1, "end": 2}]
+    sample = Sample(tokens=[1])
+    sample.append_response_tokens(tokens=[10, 11], meta_info=STOP | {"weight_version": "5", "weight_versions": spans})
+    assert sample.weight_versions == ["3", "5"]
+    assert sample.oldest_weight_version == 3
+    assert Sample(weight_versions=["default"]).oldest_weight_version is None
+
+
 def test_a_tool_may_speak_first() -> None:
     sample = Sample(tokens=[1])
     sample.append_response_tokens(tokens=[20], trainable=False)

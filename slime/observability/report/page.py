@@ -10,6 +10,7 @@ from typing import NamedTuple
 from slime.observability.report.charts import learning_chart, small_charts
 from slime.observability.report.run import Run, duration, finite, short, smoothing_window, trailing_mean
 from slime.observability.report.samples import samples_section
+from slime.observability.report.staleness import staleness_card
 from slime.observability.report.style import STYLE
 from slime.observability.report.waterfall import time_section
 from slime.observability.tracking import Series
@@ -27,7 +28,7 @@ def render_page(run: Run) -> str:
     """The HTML document; it refers to nothing outside itself."""
     sections = [
         ("Learning", learning_chart(run)),
-        ("Health of the run", small_charts(run)),
+        ("Health of the run", small_charts(run) + staleness_card(run)),
         ("Where the time goes", time_section(run)),
         ("Samples", samples_section(run)),
         ("Arguments", _arguments(run)),

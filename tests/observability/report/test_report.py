@@ -174,6 +174,20 @@ def test_only_nan_and_constant_values_are_drawn_or_left_out(tmp_path: Path):
     assert "gradient norm" in page.text  # among what was not recorded
 
 
+def test_staleness_is_shown_as_a_histogram_where_there_is_any(tmp_path: Path):
+    make_run(tmp_path, 3)
+    assert "Samples by staleness" not in render(tmp_path)[1].text
+    with Tracker(tmp_path, start_rollout_id=3) as tracker:
+        samples, rewards = make_rollout(2)
+        metrics = rollout_metrics(samples, rewards, seconds=2.0, num_gpus=1, weight_version=3)
+        tracker.log("rollout/step", 3, metrics | {"rollout/staleness/num_refreshed": 2.0})
+    text = " ".join(render(tmp_path)[1].text.split())
+    assert "versions behindsamplesshare04875%11625%" in text.replace(" ", "").replace(
+        "versionsbehind", "versions behind"
+    )
+    assert "2 groups were too old and sampled anew" in text
+
+
 def test_samples_of_rollouts_that_a_resume_took_back_are_not_shown(tmp_path: Path):
     make_run(tmp_path, 4)
     with Tracker(tmp_path, start_rollout_id=1) as tracker:

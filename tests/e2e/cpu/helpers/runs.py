@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ PLUGINS = Path(__file__).parents[1] / "plugins"
 MARK = "SLIME_TEST_RUN"
 KEEP_ENVIRONMENT = {"SPT_NOENV": "1"}  # setproctitle, which Ray uses, would else write over what a process inherited
 ENGINE = "slime.engine.embedded.server"
+TRAIN = ("-m", "slime.cli.main", "train")
+TRAIN_ASYNC = (str(ROOT / "train_async.py"),)
 ROUTER = "sglang::router"  # the name it gives itself
 TRAINER = "ray::TrainActor"
 POLL_S = 0.05
@@ -132,17 +134,21 @@ class Starter:
     weights_root: Path
     runs: list[Run] = field(default_factory=list)
 
-    def __call__(self, *flags: str, cwd: Path | None = None, name: str = "run", **env: str) -> Run:
+    def __call__(
+        self, *flags: str, cwd: Path | None = None, name: str = "run", command: Sequence[str] = TRAIN, **env: str
+    ) -> Run:
         """Start `slime train` with the default flags and `flags` after them."""
-        return self.bare(*self.default_flags(name), *flags, cwd=cwd, name=name, **env)
+        return self.bare(*self.default_flags(name), *flags, cwd=cwd, name=name, command=command, **env)
 
-    def bare(self, *flags: str, cwd: Path | None = None, name: str = "run", **env: str) -> Run:
-        """Start `slime train` with `flags` only."""
+    def bare(
+        self, *flags: str, cwd: Path | None = None, name: str = "run", command: Sequence[str] = TRAIN, **env: str
+    ) -> Run:
+        """Start `slime train`, or another Python command, with `flags` only."""
         mark = uuid.uuid4().hex
         log = self.folder / f"{name}_{len(self.runs)}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "slime.cli.main", "train", *flags],
+                [sys.executable, *command, *flags],
                 cwd=cwd or self.folder,
                 env={**os.environ, "PYTHONPATH": f"{ROOT}:{PLUGINS}", **KEEP_ENVIRONMENT, MARK: mark, **env},
                 stdin=subprocess.DEVNULL,

@@ -4,13 +4,24 @@ import json
 import threading
 from pathlib import Path
 
-from slime.rollout import sglang_rollout
+from slime.rollout import fully_async_rollout, sglang_rollout
 
 
 def generate_rollout(args, rollout_id, data_source, evaluation=False):
     if evaluation:
         (Path(args.run_dir) / f"evaluation_{rollout_id:06d}").touch()
     output = sglang_rollout.generate_rollout(args, rollout_id, data_source, evaluation=evaluation)
+    return _recorded(args, rollout_id, output, evaluation)
+
+
+def fully_async(args, rollout_id, data_source, evaluation=False, *, weight_version=None):
+    output = fully_async_rollout.generate_rollout_fully_async(
+        args, rollout_id, data_source, evaluation=evaluation, weight_version=weight_version
+    )
+    return _recorded(args, rollout_id, output, evaluation)
+
+
+def _recorded(args, rollout_id, output, evaluation):
     if not evaluation:
         samples = [sample.to_dict() for group in output.samples for sample in group]
         path = Path(args.run_dir) / f"record_{rollout_id:06d}.json"
