@@ -43,3 +43,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.engine_cpu
 	$(BIN)/python -m benchmarks.step_cpu
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.rollout_modes

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.embedded_engine import running_engine
 
 from slime.engine.embedded.app import Server
 from slime.engine.embedded.args import ServerArgs
@@ -94,3 +95,9 @@ def test_an_engine_without_work_is_not_stuck_however_long_it_waits(tiny_model: P
     with serving(tiny_model, watchdog_timeout=1e-9) as url:
         wait_for_status(f"{url}/health", 200)
         assert [status(f"{url}/health")[0] for _ in range(20)] == [200] * 20
+
+
+def test_a_step_takes_the_time_that_was_asked_for(tiny_model: Path) -> None:
+    with running_engine(tiny_model, "--num-threads", "1", "--min-step-ms", "40") as engine:
+        answer = engine.generate(input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 10, "ignore_eos": True})
+    assert answer["meta_info"]["e2e_latency"] >= 0.4

@@ -39,6 +39,7 @@ class ServerArgs:
     watchdog_timeout: float = flag(
         300.0, "seconds that one step, or one command, may take before /health answers that the engine is stuck"
     )
+    min_step_ms: float = flag(0.0, "shortest time of one forward pass: stands for a larger model in benchmarks")
     weight_version: str = flag("default", "version reported until the first weight update names another")
     random_seed: int | None = flag(None, "seed of requests that bring none; default: drawn at start")
     log_level: Literal["debug", "info", "warning", "error"] = flag("info", "lowest level that is logged")
@@ -55,6 +56,8 @@ class ServerArgs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        if self.min_step_ms < 0:
+            raise ValueError(f"--min-step-ms must be 0 or more, got {self.min_step_ms}.")
         if self.watchdog_timeout <= 0:
             raise ValueError(f"--watchdog-timeout must be above 0, got {self.watchdog_timeout}.")
         if not 0.0 < self.mem_fraction_static < 1.0:

@@ -53,6 +53,7 @@ class Engine:
         self._stopping = False
         self._busy_since: float | None = None
         self._watchdog_timeout_s = args.watchdog_timeout
+        self._min_step_s = args.min_step_ms / 1000
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -196,9 +197,11 @@ class Engine:
             must_wait = False
 
     def _step(self) -> None:
+        ends_at = time.monotonic() + self._min_step_s
         try:
             self.weights.ensure_loaded()
             self.scheduler.step()
+            time.sleep(max(0.0, ends_at - time.monotonic()))
         except (RuntimeError, MemoryError) as error:
             logger.exception("a step failed; its requests end with this error")
             self.scheduler.fail_all(f"{type(error).__name__}: {error}")
