@@ -1,12 +1,13 @@
-"""Synchronous, one rollout ahead, fully asynchronous: whole runs on one long-tailed distribution of response lengths.
+"""Synchronous, partial, one rollout ahead, fully asynchronous: whole runs on one long-tailed mix of response lengths.
 
     python -m benchmarks.rollout_modes [--rollouts 8] [--rounds 3] [--step-ms 25] [--modes ...]
 
 Each run is `slime train` or `train_async.py` with one trainer and one embedded engine, a thread each, behind a router.
 The length of a response is a function of the sample's index alone, log-normal with a median of 24 tokens cut at 256, so
-all modes sample and train on the same number of tokens. The model is tiny; a forward pass of the engine is stretched to
---step-ms, whatever runs in it, as decoding is bound by memory and not by the batch. Modes run in turn; the table shows
-medians of the rounds.
+the modes have the same work (partial rollouts train on short responses first). The model is tiny, and waiting stands
+for the time of devices, so that a busy machine may be used: a forward pass of the engine takes --step-ms at least,
+whatever runs in it, as decoding is bound by memory and not by the batch; the trainer waits 2 ms for each token that it
+trains on. Modes run in turn; the table shows medians of the rounds.
 
 samples/s: all samples over the time from the first request to the end of the last step, filling the pipeline included.
 engine idle: share of that time in which no request ran or waited, from looks at the engine 50 times a second.
@@ -48,6 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, GROUP = 8, 4
 MEDIAN, SPREAD, LONGEST = 24, 1.2, 256
 LOOK_S = 0.02
+TRAIN_TOKEN_S = 0.002
 RUN_TIMEOUT_S = 1800.0
 
 
@@ -61,6 +63,7 @@ class Mode(NamedTuple):
 FULLY_ASYNC = "slime.rollout.fully_async_rollout.generate_rollout_fully_async"
 MODES = {
     "sync": Mode("train.py"),
+    "partial": Mode("train.py", ("--partial-rollout", "--over-sampling-batch-size", str(2 * PROMPTS))),
     "one-step-async": Mode("train_async.py"),
     "fully-async": Mode("train.py", ("--rollout-function-path", FULLY_ASYNC, "--max-weight-staleness", "2")),
 }
@@ -85,6 +88,11 @@ async def long_tailed(args: Any, sample: Sample, sampling_params: dict[str, Any]
     """The generation function of all runs: the default one, with a length given."""
     fixed = {"max_new_tokens": response_length(sample.index or 0), "ignore_eos": True}
     return await generate(args, sample, sampling_params | fixed)
+
+
+def train_on_a_device(cfg: Any, rollout_id: int, rollout_data: dict[str, Any]) -> None:
+    """The trainer's wait, as --rollout-data-postprocess-path."""
+    time.sleep(TRAIN_TOKEN_S * sum(len(mask) for mask in rollout_data["loss_masks"]))
 
 
 @dataclass
@@ -137,6 +145,7 @@ def common_flags(model: Path, prompts: Path, options: argparse.Namespace) -> lis
         "--label-key": "label",
         "--rm-type": "random",
         "--custom-generate-function-path": "benchmarks.rollout_modes.long_tailed",
+        "--rollout-data-postprocess-path": "benchmarks.rollout_modes.train_on_a_device",
         "--rollout-batch-size": str(PROMPTS),
         "--n-samples-per-prompt": str(GROUP),
         "--num-rollout": str(options.rollouts),

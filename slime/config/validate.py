@@ -234,16 +234,29 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         "--debug-train-only starts no engines and the default rollout needs them: give a --rollout-function-path that "
         "brings complete samples, such as slime.rollout.sft_rollout.generate_rollout.",
     )
-    _require(
-        not (config.colocate and config.rollout_function_path == FULLY_ASYNC_ROLLOUT_FUNCTION),
-        "--rollout-function-path generate_rollout_fully_async samples while trainers train: give engines slots of "
-        "their own (--rollout-num-gpus) and drop --colocate.",
-    )
+    if config.rollout_function_path == FULLY_ASYNC_ROLLOUT_FUNCTION:
+        _fully_async(config)
     max_prompt_len, context = config.rollout_max_prompt_len, config.rollout_max_context_len
     if max_prompt_len is None and context is not None:
         max_prompt_len = max(1, context - 1)
     _check_prompt_fits("rollout", max_prompt_len, context)
     return {"rollout_max_prompt_len": max_prompt_len, "over_sampling_batch_size": _over_sampling(config)}
+
+
+def _fully_async(config: RunConfig) -> None:
+    function = FULLY_ASYNC_ROLLOUT_FUNCTION.rpartition(".")[2]
+    _require(
+        not config.colocate,
+        f"{function} samples while trainers train: give engines slots of their own (--rollout-num-gpus) and drop "
+        "--colocate.",
+    )
+    _require(
+        config.dynamic_sampling_filter_path is None
+        and not config.partial_rollout
+        and config.over_sampling_batch_size in (None, config.rollout_batch_size),
+        f"{function} keeps every group and ends none: drop --dynamic-sampling-filter-path, --partial-rollout and "
+        "--over-sampling-batch-size, or use the default --rollout-function-path.",
+    )
 
 
 def _over_sampling(config: RunConfig) -> int:

@@ -24,7 +24,9 @@ from typing import Any
 
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
 from slime.rollout.data_source import DataSource, RolloutDataSourceWithBuffer
-from slime.rollout.sglang_rollout import GenerateState, RolloutFailed, eval_rollout, generate_and_rm_group
+from slime.rollout.hooks import filter_samples, process_all_samples
+from slime.rollout.sglang_rollout import GENERATED, eval_rollout, generate_and_rm_group
+from slime.rollout.state import GenerateState, RolloutFailed
 from slime.utils.async_utils import run
 from slime.utils.misc import rare_garbage_collection
 from slime.utils.types import Sample, SampleStatus
@@ -32,7 +34,6 @@ from slime.utils.types import Sample, SampleStatus
 logger = logging.getLogger(__name__)
 
 DEFAULT_STALENESS = 2
-_FINISHED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED, SampleStatus.FAILED)
 
 
 def generate_rollout_fully_async(
@@ -70,7 +71,7 @@ async def _next_batch(args: Any, rollout_id: int, data_source: DataSource, weigh
     ahead = DEFAULT_STALENESS if args.max_weight_staleness is None else args.max_weight_staleness
     last = max(rollout_id, weight_version + ahead)
     queue.begin(data_source, last if args.num_rollout is None else min(last, args.num_rollout - 1))
-    return await queue.take(rollout_id)
+    return await queue.take(rollout_id, data_source)
 
 
 def _save_with(data_source: DataSource, queue: GroupQueue) -> None:
@@ -98,7 +99,6 @@ class GroupQueue:
 
     def __init__(self, args: Any, first_rollout_id: int) -> None:
         self.args = args
-        self.state = GenerateState(args)
         self.groups: deque[UnderWay] = deque()
         self.num_begun = first_rollout_id * args.rollout_batch_size
         self.taken_at = time.monotonic()
@@ -107,11 +107,11 @@ class GroupQueue:
         """Begin what is missing of the rollouts up to `last_rollout_id`."""
         wanted = (last_rollout_id + 1) * self.args.rollout_batch_size - self.num_begun
         for group in data_source.get_samples(wanted) if wanted > 0 else []:
-            prompts = copy.deepcopy(group)
-            self.groups.append(UnderWay(prompts, asyncio.create_task(self._sample(group))))
+            state = GenerateState(self.args, self.num_begun // self.args.rollout_batch_size)
+            self.groups.append(UnderWay(copy.deepcopy(group), asyncio.create_task(self._sample(group, state))))
             self.num_begun += 1
 
-    async def take(self, rollout_id: int) -> RolloutFnTrainOutput:
+    async def take(self, rollout_id: int, data_source: DataSource) -> RolloutFnTrainOutput:
         """The oldest batch, once it is done; samples that failed are left out. Raises ValueError where there is none,
         as soon as it is known RolloutFailed, and whatever generation raised."""
         batch = [self.groups[place] for place in range(min(self.args.rollout_batch_size, len(self.groups)))]
@@ -122,8 +122,11 @@ class GroupQueue:
             self.groups.popleft()
         groups = [group.task.result() for group in batch]
         metrics = self._metrics(groups, num_failed)
-        kept = [[sample for sample in group if sample.status is not SampleStatus.FAILED] for group in groups]
-        return RolloutFnTrainOutput([group for group in kept if group], metrics)
+        usable = [[sample for sample in group if sample.status is not SampleStatus.FAILED] for group in groups]
+        kept = [group for group in usable if group]
+        filter_samples(self.args, kept)
+        process_all_samples(self.args, groups, data_source)
+        return RolloutFnTrainOutput(kept, metrics)
 
     def not_taken(self) -> list[list[Sample]]:
         """Every group that was begun and not taken: done with its rewards, else its prompts, to be sampled anew."""
@@ -140,10 +143,10 @@ class GroupQueue:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _sample(self, group: list[Sample]) -> list[Sample]:
-        if all(sample.status in _FINISHED for sample in group):  # out of a checkpoint
+    async def _sample(self, group: list[Sample], state: GenerateState) -> list[Sample]:
+        if all(sample.status in GENERATED for sample in group):  # out of a checkpoint
             return group
-        return await generate_and_rm_group(self.args, group, self.state.sampling_params, state=self.state)
+        return await generate_and_rm_group(self.args, group, state.sampling_params, state=state)
 
     async def _wait_for(self, batch: list[UnderWay]) -> int:
         """How many samples of the batch failed."""

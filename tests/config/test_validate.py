@@ -31,6 +31,7 @@ def resolved(**settings: Any) -> Args:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # asynchrony
     ({"rollout_function_path": FULLY_ASYNC, "colocate": True, "rollout_num_gpus": None}, "samples while trainers trai"),
+    ({"rollout_function_path": FULLY_ASYNC, "partial_rollout": True}, "generate_rollout_fully_async keeps every group"),
     ({"max_weight_staleness": -1}, "--max-weight-staleness must be 0 or more"),
     ({"update_weights_interval": 0}, "--update-weights-interval must be above 0"),
     # the algorithm's parts
