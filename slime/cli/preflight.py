@@ -114,7 +114,7 @@ def _check_prompts(args: Args) -> int | None:
     assert args.prompt_data is not None
     if not args.data_source_path.startswith("slime."):
         return None
-    keys = RowKeys(args.input_key, args.label_key, args.metadata_key, args.tool_key)
+    keys = RowKeys(args.input_key, args.label_key, args.metadata_key, args.tool_key, tuple(args.metadata_columns))
     context = args.rollout_max_context_len if args.rollout_max_prompt_len is None else None
     count = _check_rows(args, args.prompt_data, keys, Purpose("--", args.reward_key, context))
     if count == 0:
@@ -129,7 +129,13 @@ def _check_eval_sets(args: Args) -> Iterator[tuple[str, int]]:
         own = eval_set.args
         for name in ("custom_generate_function_path", "custom_rm_path"):
             _check_plugin(name, getattr(own, name), own)
-        keys = RowKeys(own.eval_input_key or own.input_key, own.eval_label_key, own.metadata_key, own.eval_tool_key)
+        keys = RowKeys(
+            own.eval_input_key or own.input_key,
+            own.eval_label_key,
+            own.metadata_key,
+            own.eval_tool_key,
+            tuple(own.metadata_columns),
+        )
         context = own.eval_max_context_len if own.eval_max_prompt_len is None else None
         count = _check_rows(own, eval_set.path, keys, Purpose("--eval-", own.eval_reward_key, context))
         if count == 0:

@@ -12,10 +12,17 @@ from slime.config.base import Group, arg
 class DataConfig(Group):
     """Data: prompt files, their keys, and the order in which they are read."""
 
-    prompt_data: str | None = arg(None, "jsonl or parquet file of prompts; `path@[a:b]` takes a slice.")
+    prompt_data: str | None = arg(
+        None, "Prompts: a jsonl or parquet file, or a folder of datasets' save_to_disk; `path@[a:b]` takes a slice."
+    )
     input_key: str = arg("input", "Key of the prompt: a text, or a list of chat messages.")
-    label_key: str | None = arg(None, "Key of the reference answer.")
+    label_key: str | None = arg(
+        None, "Key of the reference answer; a dot leads into an object: reward_model.ground_truth."
+    )
     metadata_key: str = arg("metadata", "Key of a dict that reaches plug-ins as `sample.metadata`.")
+    metadata_columns: list[str] = arg(
+        [], "Keys of further columns that reach plug-ins in `sample.metadata`, under these names."
+    )
     tool_key: str = arg("tools", "Key of the tool descriptions given to the chat template.")
     apply_chat_template: bool = arg(False, "Render chat messages with the tokenizer's template.")
     apply_chat_template_kwargs: dict[str, Any] = arg({}, "JSON: further arguments of the chat template.")

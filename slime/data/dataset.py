@@ -1,4 +1,4 @@
-"""Prompts of a jsonl or parquet file as `Sample` prototypes.
+"""Prompts of a data file as `Sample` prototypes.
 
 One line of a file, and the sample it becomes with input_key="prompt", label_key="label", apply_chat_template=True:
 
@@ -8,6 +8,10 @@ One line of a file, and the sample it becomes with input_key="prompt", label_key
            metadata={"level": "easy", "tools": [...]})
 
 Without apply_chat_template the prompt stays what it is: text, or the list of messages.
+
+A key may lead into objects. The columns of verl are read with input_key="prompt",
+label_key="reward_model.ground_truth", metadata_key="extra_info", metadata_columns=("data_source",); those of TRL with
+input_key="prompt" (or "messages" for supervised fine-tuning) and the other columns in metadata_columns.
 """
 
 from __future__ import annotations
@@ -27,25 +31,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ABSENT = object()
 _TOKENIZER_BATCH = 1024  # prompts a call: long enough for the tokenizer's threads, short enough for memory
 
 
 @dataclass(frozen=True)
 class RowKeys:
-    """Under which keys a row holds prompt, label, metadata and tools. Only prompt and label must be there."""
+    """Under which keys a row holds prompt, label, metadata and tools. Only metadata and tools may be absent.
+
+    A key is that of a column, or leads into objects: "reward_model.ground_truth".
+    metadata_columns: further keys, whose values enter the metadata under these names.
+    """
 
     input_key: str = "input"
     label_key: str | None = None
     metadata_key: str | None = "metadata"
     tool_key: str | None = "tools"
+    metadata_columns: tuple[str, ...] = ()
 
     def read(self, row: Row) -> Sample:
         """The prototype of one row, its prompt as in the file. Raises ValueError with the row's location."""
-        metadata = self._optional(row, self.metadata_key, dict)
+        metadata = dict(self._optional(row, self.metadata_key, dict) or {})
+        metadata |= {key: _required(row, key, "--metadata-columns") for key in self.metadata_columns}
         tools = self._optional(row, self.tool_key, list)
         if tools:
-            metadata = {**(metadata or {}), "tools": tools}
-        return Sample(prompt=self._prompt(row), label=self._label(row), metadata=metadata or {})
+            metadata["tools"] = tools
+        return Sample(prompt=self._prompt(row), label=self._label(row), metadata=metadata)
 
     def _prompt(self, row: Row) -> str | list[Message]:
         value = _required(row, self.input_key, "--input-key")
@@ -73,7 +84,9 @@ class RowKeys:
 
     def _optional(self, row: Row, key: str | None, kind: type) -> Any:
         """The object under `key`, also where it is JSON in a string, as parquet files often have it; None if absent."""
-        value = None if key is None else row.values.get(key)
+        value = None if key is None else _value_at(row.values, key)
+        if value is _ABSENT:
+            return None
         if isinstance(value, str):
             try:
                 value = json.loads(value)
@@ -85,9 +98,19 @@ class RowKeys:
 
 
 def _required(row: Row, key: str, flag: str) -> Any:
-    if key not in row.values:
+    value = _value_at(row.values, key)
+    if value is _ABSENT:
         raise ValueError(f"{row.location}: no key {key!r}, it has {sorted(row.values)}. Set {flag}.")
-    return row.values[key]
+    return value
+
+
+def _value_at(values: dict[str, Any], key: str) -> Any:
+    """The value under `key`, or under the path of keys that its dots separate; `_ABSENT` where there is none."""
+    if key in values:
+        return values[key]
+    head, dot, rest = key.partition(".")
+    inner = values.get(head)
+    return _value_at(inner, rest) if dot and isinstance(inner, dict) else _ABSENT
 
 
 def check_prompt_file(
@@ -97,12 +120,13 @@ def check_prompt_file(
     label_key: str | None = None,
     metadata_key: str | None = "metadata",
     tool_key: str | None = "tools",
+    metadata_columns: tuple[str, ...] = (),
 ) -> int:
     """The number of prompts in `path`, after a check of every row. Needs no tokenizer.
 
     Raises ValueError, one sentence with file, line and reason, at the first row that `Dataset` would refuse.
     """
-    keys = RowKeys(input_key, label_key, metadata_key, tool_key)
+    keys = RowKeys(input_key, label_key, metadata_key, tool_key, metadata_columns)
     num_prompts = 0
     for row in read_rows(path):
         keys.read(row)
@@ -120,7 +144,7 @@ def _check_not_empty(path: str, num_prompts: int) -> None:
 class Dataset:
     """The prompts of one file; `samples` is their order in the current epoch.
 
-    path: a .jsonl or .parquet file, with an optional slice: `file@[start:stop]`.
+    path: a .jsonl or .parquet file or a folder of `datasets`, with an optional slice: `file@[start:stop]`.
     tokenizer: needed with max_prompt_len or apply_chat_template only.
     max_prompt_len: prompts of more tokens are dropped and counted; None keeps all. A prompt that stays a list of
         messages has no length yet and is kept.
@@ -136,6 +160,7 @@ class Dataset:
     label_key: str | None = None
     metadata_key: str | None = "metadata"
     tool_key: str | None = "tools"
+    metadata_columns: tuple[str, ...] = ()
     apply_chat_template: bool = False
     apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int = 42
@@ -143,7 +168,7 @@ class Dataset:
     samples: list[Sample] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        keys = RowKeys(self.input_key, self.label_key, self.metadata_key, self.tool_key)
+        keys = RowKeys(self.input_key, self.label_key, self.metadata_key, self.tool_key, self.metadata_columns)
         samples = []
         for row in read_rows(self.path):
             sample = keys.read(row)

@@ -1,4 +1,7 @@
-"""Rows of prompt files: jsonl and parquet, with Python slices, as `train.parquet@[:1000]` or `math.jsonl@[-200:]`."""
+"""Rows of prompt files, with Python slices: `train.parquet@[:1000]`, `math.jsonl@[-200:]`, `saved_dataset/train@[:10]`.
+
+Read are jsonl, parquet, and the folders that `datasets.Dataset.save_to_disk` writes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _SLICED_PATH = re.compile(r"(?P<path>.+)@\[(?P<bounds>.*)\]")
 _BOUNDS = re.compile(r"(-?\d+)?:(-?\d+)?")
@@ -39,15 +45,20 @@ def read_rows(path: str) -> Iterator[Row]:
     in the slice is not a JSON object; the message names file and line.
     """
     file_path, rows = split_slice(path)
+    if Path(file_path).is_dir():
+        return _rows_of_table(file_path, _saved_table(Path(file_path)), rows)
     if not Path(file_path).is_file():
-        raise ValueError(f"data file {file_path!r} does not exist or is not a file")
+        raise ValueError(f"data file {file_path!r} does not exist")
     match Path(file_path).suffix:
         case ".jsonl":
             return _read_jsonl(file_path, rows)
         case ".parquet":
             return _read_parquet(file_path, rows)
         case _:
-            raise ValueError(f"data file {file_path!r} must end in .jsonl (one JSON object a line) or .parquet")
+            raise ValueError(
+                f"data file {file_path!r} must end in .jsonl (one JSON object a line) or .parquet, "
+                "or be a folder of datasets' save_to_disk"
+            )
 
 
 def _read_jsonl(path: str, rows: slice) -> Iterator[Row]:
@@ -96,3 +107,30 @@ def _read_parquet(path: str, rows: slice) -> Iterator[Row]:
             number += batch.num_rows
             if number >= stop:
                 return
+
+
+def _saved_table(folder: Path) -> pyarrow.Table:
+    """The data set that `datasets` saved in `folder`, mapped into memory. Raises ValueError if it is not one split."""
+    import pyarrow
+
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        raise ValueError(f"data folder {str(folder)!r} holds the splits {', '.join(splits)}: name one, {folder}/SPLIT")
+    if not (folder / "state.json").is_file():
+        raise ValueError(f"data folder {str(folder)!r} was not written by datasets' save_to_disk: name a file in it")
+    names = [entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"]]
+    try:
+        return pyarrow.concat_tables(
+            pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / name))).read_all() for name in names
+        )
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"data folder {str(folder)!r} is damaged ({error})") from error
+
+
+def _rows_of_table(path: str, table: pyarrow.Table, rows: slice) -> Iterator[Row]:
+    start, stop, _ = rows.indices(table.num_rows)
+    number = start
+    for batch in table.slice(start, max(0, stop - start)).to_batches(max_chunksize=1024):
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(f"{path} row {number}", values)

@@ -135,6 +135,7 @@ def _dataset(args: Any, path: str) -> Dataset:
         label_key=args.eval_label_key,
         metadata_key=args.metadata_key,
         tool_key=args.eval_tool_key,
+        metadata_columns=tuple(args.metadata_columns),
         apply_chat_template=args.apply_chat_template,
         apply_chat_template_kwargs=args.apply_chat_template_kwargs,
     )

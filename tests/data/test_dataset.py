@@ -37,6 +37,29 @@ def test_a_label_is_the_text_of_any_json_scalar(write, value, label):
     assert Dataset(write({"input": "q", "a": value}), label_key="a")[0].label == label
 
 
+def test_columns_of_verl_are_read_through_keys_that_lead_into_objects(write):
+    row = {
+        "data_source": "gsm8k", "prompt": MESSAGES, "reward_model": {"style": "rule", "ground_truth": "2"},
+        "extra_info": {"index": 3},
+    }  # fmt: skip
+    keys = {"input_key": "prompt", "label_key": "reward_model.ground_truth", "metadata_key": "extra_info"}
+    sample = Dataset(write(row), **keys, metadata_columns=("data_source",))[0]
+    assert (sample.prompt, sample.label) == (MESSAGES, "2")
+    assert sample.metadata == {"index": 3, "data_source": "gsm8k"}
+
+
+def test_a_key_with_a_dot_may_be_that_of_a_column(write):
+    assert Dataset(write({"a.b": "flat", "a": {"b": "deep"}}), input_key="a.b")[0].prompt == "flat"
+
+
+@pytest.mark.parametrize("row", [{"input": "q"}, {"input": "q", "a": 1}, {"input": "q", "a": {"c": 1}}])
+def test_a_path_that_leads_nowhere_is_named(write, row):
+    with pytest.raises(ValueError, match=r"jsonl:1: no key 'a\.b'.*Set --label-key"):
+        Dataset(write(row), label_key="a.b")
+    with pytest.raises(ValueError, match=r"no key 'a\.b'.*Set --metadata-columns"):
+        Dataset(write(row), metadata_columns=("a.b",))
+
+
 def test_metadata_and_tools_may_be_json_in_a_string(write):
     sample = Dataset(write({"input": "q", "metadata": '{"level": 1}', "tools": '[{"name": "add"}]'}))[0]
     assert sample.metadata == {"level": 1, "tools": [{"name": "add"}]}

@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -27,7 +28,15 @@ def parquet(tmp_path_factory):
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows") / "saved"
+    data = datasets.Dataset.from_list([{"n": n} for n in [*reversed(range(NUM_ROWS)), 99]])
+    data.sort("n").select(range(NUM_ROWS)).save_to_disk(str(folder), num_shards=2)  # an order of its own, and a part
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
 @given(start=bounds, stop=bounds)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_a_slice_of_a_file_is_the_python_slice_of_its_rows(request, kind, start, stop):
@@ -84,7 +93,7 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, line, reason):
 def test_a_missing_file_a_folder_and_another_kind_of_file_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none\.jsonl' does not exist"):
         read_rows(str(tmp_path / "none.jsonl"))
-    with pytest.raises(ValueError, match="is not a file"):
+    with pytest.raises(ValueError, match="was not written by datasets' save_to_disk"):
         read_rows(str(tmp_path))
     (tmp_path / "rows.csv").write_text("n\n1\n")
     with pytest.raises(ValueError, match=r"must end in \.jsonl .* or \.parquet"):
@@ -101,3 +110,19 @@ def test_integers_of_any_size_are_read_exactly(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"n": 123456789012345678901234567890}\n')
     assert next(iter(read_rows(str(path)))).values["n"] == 123456789012345678901234567890
+
+
+def test_a_folder_of_several_splits_is_refused_with_their_names(tmp_path):
+    split = datasets.Dataset.from_dict({"n": [1, 2]})
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(ValueError, match="holds the splits train, test: name one"):
+        read_rows(str(tmp_path / "both"))
+    assert [row.location for row in read_rows(str(tmp_path / "both" / "test"))][-1].endswith("both/test row 2")
+
+
+def test_a_damaged_folder_is_refused(tmp_path):
+    datasets.Dataset.from_dict({"n": [1]}).save_to_disk(str(tmp_path / "saved"))
+    (shard,) = (tmp_path / "saved").glob("*.arrow")
+    shard.write_bytes(b"not arrow")
+    with pytest.raises(ValueError, match="saved' is damaged"):
+        read_rows(str(tmp_path / "saved"))

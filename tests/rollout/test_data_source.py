@@ -25,6 +25,7 @@ class SourceArgs:
     label_key: str | None = None
     metadata_key: str = "metadata"
     tool_key: str = "tools"
+    metadata_columns: tuple[str, ...] = ()
     apply_chat_template: bool = False
     apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     rollout_shuffle: bool = False
