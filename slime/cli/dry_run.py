@@ -58,10 +58,8 @@ def plan(args: Args, findings: Findings) -> Iterator[Section]:
 
 
 def _slots(args: Args) -> Iterator[tuple[str, str]]:
-    yield (
-        "trainers",
-        f"{args.num_trainers} ({args.actor_num_nodes} x {args.actor_num_gpus_per_node}), {args.train_backend}",
-    )
+    trainers = f"{args.num_trainers} ({args.actor_num_nodes} x {args.actor_num_gpus_per_node}), {args.train_backend}"
+    yield "trainers", "none (--debug-rollout-only)" if args.debug_rollout_only else trainers
     if args.needs_critic:
         yield (
             "critic",

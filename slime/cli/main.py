@@ -18,6 +18,7 @@ COMMANDS = {
     "train": Command("slime.cli.train", "post-train a model; every setting is a flag"),
     "train-async": Command("slime.cli.train_async", "the same, engines sampling one rollout ahead of the trainers"),
     "quickstart": Command("slime.cli.quickstart", "a tiny model learns arithmetic, in minutes, on a CPU"),
+    "replay": Command("slime.cli.replay", "repeat one training step of a run from its dumps"),
     "report": Command("slime.cli.report", "one HTML page and a picture of a run"),
 }
 

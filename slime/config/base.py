@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from string import Formatter
 from typing import Any
 
 
@@ -53,6 +54,21 @@ def check_positive(group: Group, *names: str) -> None:
     for name in names:
         value = getattr(group, name)
         check(value is None or value > 0, name, "above 0", value)
+
+
+def check_template(group: Group, name: str, *places: str) -> None:
+    """A path that is set must have each of `places`, such as {rollout_id}, and no other."""
+    path = getattr(group, name)
+    if path is not None:
+        wanted = " and ".join(f"{{{place}}}" for place in places)
+        check(_places(path) == set(places), name, f"a path in which {wanted} is filled in", path)
+
+
+def _places(path: str) -> set[str]:
+    try:
+        return {place for _, place, _, _ in Formatter().parse(path) if place is not None}
+    except ValueError:  # a brace that is not closed
+        return set()
 
 
 def check_not_negative(group: Group, *names: str) -> None:

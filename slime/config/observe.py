@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slime.config.base import Group, arg
+from slime.config.base import Group, arg, check_template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,17 @@ class ObserveConfig(Group):
     run_dir: str | None = arg(None, "Metrics, samples, logs and report go here (default: --save, else runs/DATE-TIME).")
     dry_run: bool = arg(False, "Check everything that can be checked without a cluster, print the plan, and end.")
     debug_train_only: bool = arg(False, "No engines: the rollout function brings complete samples, as SFT does.")
+    debug_rollout_only: bool = arg(False, "No trainers: engines sample from --hf-checkpoint, nothing is learned.")
+    save_debug_rollout_data: str | None = arg(
+        None, "Write the samples of each rollout to this path; {rollout_id} is filled in."
+    )
+    load_debug_rollout_data: str | None = arg(
+        None, "Train on the rollouts in these files, saved with the flag above; no engines, as --debug-train-only."
+    )
+    save_debug_train_data: str | None = arg(
+        None, "Write what each rank trained on to this path (.npz); {rollout_id} and {rank} are filled in."
+    )
+    dump_details: str | None = arg(None, "Folder for both of these, rollout_data/ and train_data/; for slime replay.")
     log_level: Literal["debug", "info", "warning"] = arg("info", "Level of slime's own log.")
     custom_rollout_log_function_path: str | None = arg(
         None, "f(rollout_id, args, samples, rollout_extra_metrics, rollout_time) -> bool; True: nothing else is logged."
@@ -38,3 +49,9 @@ class ObserveConfig(Group):
         True, "Add a random suffix to the run's name.", disable="--disable-wandb-random-suffix"
     )
     wandb_always_use_train_step: bool = arg(False, "Use train/step as the axis of everything.")
+
+    def __post_init__(self) -> None:
+        check_template(self, "save_debug_rollout_data", "rollout_id")
+        check_template(self, "load_debug_rollout_data", "rollout_id")
+        check_template(self, "save_debug_train_data", "rollout_id", "rank")
+        super().__post_init__()

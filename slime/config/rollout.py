@@ -22,6 +22,10 @@ class RolloutConfig(Group):
     )
     rollout_function_path: str = arg(DEFAULT_ROLLOUT_FUNCTION, "The function that turns prompts into scored samples.")
     custom_generate_function_path: str | None = arg(None, "Replaces the generation of one sample only.")
+    agent_function_path: str | None = arg(
+        None, "f(base_url, sample) -> reward or None: an agent that talks to an OpenAI-compatible server."
+    )
+    agent_timeout_s: float = arg(1800.0, "Deadline of one run of that agent, in seconds.")
     rollout_batch_size: int | None = arg(None, "Prompts of one rollout (required).")
     n_samples_per_prompt: int = arg(1, "Responses sampled for each prompt: the group.")
     over_sampling_batch_size: int | None = arg(
@@ -103,7 +107,7 @@ class RolloutConfig(Group):
         check_positive(self, "over_sampling_batch_size", "rollout_abort_timeout_s", "dynamic_sampling_max_drop_ratio")
         check_positive(self, "rollout_temperature", "rollout_max_response_len", "rollout_max_context_len")
         check_positive(self, "rollout_max_prompt_len", "sglang_server_concurrency", "update_weight_buffer_size")
-        check_positive(self, "rollout_health_check_interval", "rollout_health_check_timeout")
+        check_positive(self, "agent_timeout_s", "rollout_health_check_interval", "rollout_health_check_timeout")
         check_not_negative(self, "start_rollout_id", "max_engine_restarts", "rollout_seed", "max_weight_staleness")
         check_positive(self, "update_weights_interval")
         check(0 < self.rollout_top_p <= 1, "rollout_top_p", "above 0 and at most 1", self.rollout_top_p)

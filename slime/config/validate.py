@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from slime.config.base import ConfigError
@@ -14,13 +15,14 @@ logger = logging.getLogger(__name__)
 
 # Their advantages are relative to the group: one sample a prompt leaves nothing.
 GROUP_ESTIMATORS = ("grpo", "gspo", "cispo", "rloo", "dr_grpo", "reinforce_plus_plus_baseline")
+AGENT_GENERATE = "slime.agent.generate.generate"
 
 RunT = TypeVar("RunT", bound=RunConfig)
 
 
 def resolve(config: RunT) -> RunT:
     """`config` with every derived setting filled in. Raises ConfigError where settings contradict each other."""
-    for rule in (_cluster, _checkpoint, _batch, _algorithm, _rollout, _evaluate):
+    for rule in (_debug, _cluster, _checkpoint, _batch, _algorithm, _rollout, _evaluate):
         config = replace(config, **rule(config))
     return config
 
@@ -28,6 +30,38 @@ def resolve(config: RunT) -> RunT:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _debug(config: RunConfig) -> dict[str, Any]:
+    """Parts of a run left out: what is then not asked for, and what takes its place."""
+    changes: dict[str, Any] = {}
+    if config.dump_details is not None:
+        folder = Path(config.dump_details).resolve()
+        changes["save_debug_rollout_data"] = (
+            config.save_debug_rollout_data or f"{folder}/rollout_data/{{rollout_id}}.json"
+        )
+        changes["save_debug_train_data"] = (
+            config.save_debug_train_data or f"{folder}/train_data/{{rollout_id}}_{{rank}}.npz"
+        )
+    if config.load_debug_rollout_data is not None:
+        changes["debug_train_only"] = True
+        changes["rollout_function_path"] = "slime.rollout.debug_data.generate_rollout"
+        if config.num_rollout is not None:
+            changes |= {"data_source_path": "slime.rollout.debug_data.NoPrompts", "rollout_global_dataset": False}
+    if config.debug_rollout_only:
+        _require(
+            not (config.debug_train_only or config.load_debug_rollout_data),
+            "--debug-rollout-only has no trainers, --debug-train-only and --load-debug-rollout-data no engines.",
+        )
+        _require(
+            config.save is None, "--debug-rollout-only has nothing to save: drop --save, or name a --run-dir instead."
+        )
+        slots = config.num_trainers if config.colocate else config.rollout_num_gpus or 0
+        _require(slots > 0, "--rollout-num-gpus must be given and above 0, or --colocate.")
+        # All slots are the engines': as in a colocated run in which trainers never start.
+        changes |= {"colocate": True, "rollout_num_gpus": slots, "actor_num_nodes": 1, "actor_num_gpus_per_node": slots}
+        changes |= {"critic_num_nodes": None, "critic_num_gpus_per_node": None, "keep_old_actor": False}
+    return changes
 
 
 def _cluster(config: RunConfig) -> dict[str, Any]:
@@ -114,7 +148,7 @@ def _batch(config: RunConfig) -> dict[str, Any]:
         f"--n-samples-per-prompt {config.n_samples_per_prompt} = {num_samples}.",
     )
     _require(
-        global_batch_size >= config.num_trainers,
+        global_batch_size >= config.num_trainers or config.debug_rollout_only,
         f"--global-batch-size {global_batch_size} is smaller than the {config.num_trainers} trainer ranks.",
     )
     return {
@@ -234,13 +268,22 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         "--debug-train-only starts no engines and the default rollout needs them: give a --rollout-function-path that "
         "brings complete samples, such as slime.rollout.sft_rollout.generate_rollout.",
     )
+    _require(
+        config.agent_function_path is None or config.custom_generate_function_path in (None, AGENT_GENERATE),
+        "--agent-function-path and --custom-generate-function-path exclude each other: both generate a sample.",
+    )
     if config.rollout_function_path == FULLY_ASYNC_ROLLOUT_FUNCTION:
         _fully_async(config)
     max_prompt_len, context = config.rollout_max_prompt_len, config.rollout_max_context_len
     if max_prompt_len is None and context is not None:
         max_prompt_len = max(1, context - 1)
     _check_prompt_fits("rollout", max_prompt_len, context)
-    return {"rollout_max_prompt_len": max_prompt_len, "over_sampling_batch_size": _over_sampling(config)}
+    generate = AGENT_GENERATE if config.agent_function_path else config.custom_generate_function_path
+    return {
+        "rollout_max_prompt_len": max_prompt_len,
+        "over_sampling_batch_size": _over_sampling(config),
+        "custom_generate_function_path": generate,
+    }
 
 
 def _fully_async(config: RunConfig) -> None:

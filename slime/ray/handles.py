@@ -215,6 +215,13 @@ class ActorCriticHandle:
             self.policy.train(rollout_id, batch, values)
 
 
+class NoPolicy:
+    """--debug-rollout-only: nobody learns."""
+
+    def train(self, rollout_id: int, batch: ObjectRef) -> None:
+        """Nothing happens."""
+
+
 def _note(journal: Journal, metrics: dict[str, float]) -> None:
     for key, value in metrics.items():
         target = journal.train_metrics if key.startswith("train/") else journal.rollout_metrics

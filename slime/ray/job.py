@@ -23,9 +23,9 @@ from slime.arguments import Args, settings_as_dict
 from slime.observability.progress import Progress
 from slime.ray.actors import create_actor
 from slime.ray.engine_fleet import EngineFleet
-from slime.ray.handles import ActorCriticHandle, ActorGroup, PolicyHandle, RolloutAhead, RolloutHandle
+from slime.ray.handles import ActorCriticHandle, ActorGroup, NoPolicy, PolicyHandle, RolloutAhead, RolloutHandle
 from slime.ray.journal import Journal
-from slime.ray.memory import Colocated, Disaggregated, Memory, NoEngines, UpdatedBetweenRollouts
+from slime.ray.memory import Colocated, Disaggregated, EnginesOnly, Memory, NoEngines, UpdatedBetweenRollouts
 from slime.ray.placement import Slots, allocate, start_ray, stays_on_machine
 from slime.ray.rollout_manager import RolloutManager
 from slime.ray.train_actor import Role
@@ -44,7 +44,7 @@ class Job:
     """A context manager: inside it `rollout`, `actor` and `memory` are up; after it no process is left."""
 
     rollout: RolloutHandle
-    actor: PolicyHandle | ActorCriticHandle
+    actor: PolicyHandle | ActorCriticHandle | NoPolicy
     memory: Memory
     manager: ActorHandle
     trainers: list[ActorGroup]  # the actor, and the critic where there is one
@@ -97,14 +97,15 @@ class Job:
         self.args = self._with_num_rollout(prompts)
         router = None if fleet is None else fleet.router_address.remote()
         connected: ObjectRef = self.manager.set_runtime.remote(self.num_rollout, router)
-        self.trainers = self._create_trainers(slots)
+        self.trainers = [] if self.args.debug_rollout_only else self._create_trainers(slots)
         trainers = [call for group in self.trainers for call in group.start(str(weights_dir))]
         _, *answers = self.watchdog.get(
             [prompts, *trainers, *engines, connected],
             timeout_s=max(self.args.trainer_start_timeout_s, self.args.engine_start_timeout_s) + STOP_DEADLINE_S,
             what="engines and trainers to start",
         )
-        self.start_rollout_id = answers[0] if self.args.start_rollout_id is None else self.args.start_rollout_id
+        first_rollout_id = answers[0] if trainers else 0
+        self.start_rollout_id = first_rollout_id if self.args.start_rollout_id is None else self.args.start_rollout_id
         self._load_prompts(self.manager.load.remote(self.start_rollout_id - 1), "the data source to load")
         (self.run_dir / "args.yaml").write_text(yaml.safe_dump(self._settings(), sort_keys=False))
         self._open_handles(fleet)
@@ -123,13 +124,19 @@ class Job:
         )
         self.journal = self._stack.enter_context(journal)
         self.rollout = self._open_rollout()
+        if fleet is not None:
+            self.watchdog.monitors.append(fleet.watch.remote())
+        if not self.trainers:
+            assert fleet is not None
+            self.actor = NoPolicy()
+            self.memory = EnginesOnly(self.args, fleet, self.watchdog)
+            return
         actor, *critics = self.trainers
         policy = PolicyHandle(actor, journal)
         self.actor = ActorCriticHandle(self.args, policy, critics[0], journal) if critics else policy
         if fleet is None:
             self.memory = NoEngines()
             return
-        self.watchdog.monitors.append(fleet.watch.remote())
         sleepers = [actor] if self.args.has_critic_slots else self.trainers
         parts = (self.args, fleet, actor, sleepers, self.rollout, self.watchdog, journal)
         if isinstance(self.rollout, RolloutAhead):

@@ -112,3 +112,26 @@ class NoEngines:
 
     def sync_weights(self, version: int) -> None:
         """There is nobody to send to."""
+
+
+@dataclass
+class EnginesOnly:
+    """--debug-rollout-only: engines serve the checkpoint that they started from."""
+
+    args: Args
+    fleet: ActorHandle
+    watchdog: Watchdog
+    is_open: bool = False
+
+    def to_training(self) -> None:
+        """Engines have the device all the time."""
+
+    def sync_weights(self, version: int) -> None:
+        """The first time engines are opened to requests; there are no other weights to send."""
+        if self.is_open:
+            return
+        timeout_s = self.args.engine_start_timeout_s
+        self.watchdog.get([self.fleet.begin_update.remote()], timeout_s=timeout_s, what="the engines to be up")
+        opened = self.fleet.weights_sent.remote(version, self.args.hf_checkpoint, [])
+        self.watchdog.get([opened], timeout_s=timeout_s, what="the engines to be registered")
+        self.is_open = True

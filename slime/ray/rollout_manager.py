@@ -20,6 +20,7 @@ from slime.observability.trajectories import write_samples
 from slime.ray.actors import CONTROL, LIFETIME
 from slime.ray.watchdog import thread_stacks, wait_for_the_end
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, call_rollout_fn
+from slime.rollout.debug_data import save_rollout
 from slime.rollout.eval_data import samples_per_prompt
 from slime.rollout.hooks import logs_eval_itself, logs_rollout_itself
 from slime.rollout.staleness import without_stale
@@ -87,6 +88,8 @@ class RolloutManager:
         known = {"weight_version": weight_version} if "weight_version" in signature(function).parameters else {}
         output = call_rollout_fn(function, self.args, rollout_id, self.data_source, evaluation=False, **known)
         assert isinstance(output, RolloutFnTrainOutput)
+        if self.args.save_debug_rollout_data is not None:
+            save_rollout(self.args.save_debug_rollout_data, rollout_id, output.samples, weight_version=weight_version)
         groups, stale = without_stale(self.args, rollout_id, output.samples, self.data_source)
         samples = [sample for group in groups for sample in group]
         raw_rewards, batch = self._training_data(samples)

@@ -112,7 +112,14 @@ class TrainActor:
 
         self._model_config = json.loads((Path(self.args.hf_checkpoint) / "config.json").read_text())
         dump_dir = self.run_dir / "skipped_steps"
-        self.recipe = Recipe(self.backend, self.args, self.args, dump_dir=dump_dir, phase=self.timer.phase)
+        self.recipe = Recipe(
+            self.backend,
+            self.args,
+            self.args,
+            dump_dir=dump_dir,
+            phase=self.timer.phase,
+            train_dump=self.args.save_debug_train_data,
+        )
         self.transport = DiskTransport(weights_dir, assets=self.args.hf_checkpoint, is_writer=self.is_reporter)
 
     def _open_critic(self) -> None:

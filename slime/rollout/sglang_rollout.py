@@ -53,7 +53,7 @@ def get_model_url(args: Any, model_name: str = "actor", endpoint: str = "/genera
     return f"http://{args.sglang_router_ip}:{args.sglang_router_port}{endpoint}"
 
 
-def sampling_seed(rollout_seed: int, sample_index: int | None, num_tokens: int) -> int:
+def sampling_seed(rollout_seed: int, sample_index: int | str | None, num_tokens: int) -> int:
     """The seed of one request: a function of the run's seed, the sample and how far it has come, on any machine."""
     digest = hashlib.blake2b(f"{rollout_seed}/{sample_index}/{num_tokens}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -22,6 +22,7 @@ from slime.data.batch import TrainBatch
 from slime.data.packed import PackedBatch
 from slime.training.advantages import attach_advantages
 from slime.training.backend import ModelTag, StepMetrics, TrainBackend
+from slime.training.dump import dump_train_data
 from slime.training.estimators import estimator_of
 from slime.training.hooks import postprocess
 from slime.training.loss import loss_for, wants_of, weighted_sum
@@ -53,6 +54,7 @@ class Recipe:
     optimizer: OptimizerConfig
     dump_dir: Path
     phase: Phase
+    train_dump: str | None = None  # path with {rollout_id} and {rank}: where to write what was trained on
     num_skipped: int = 0
     _prepared: _Prepared | None = None
 
@@ -69,6 +71,8 @@ class Recipe:
             postprocess(self.algorithm, rollout_id, everything(steps))
         with self.phase("actor_train"):
             results = [self._step(rollout_id, index, batch, step) for index, step in enumerate(steps)]
+        if self.train_dump is not None:
+            dump_train_data(self.train_dump, rollout_id, self.backend.layout.rank, batch, steps)
         if self.algorithm.needs_reference and is_due(rollout_id, self.algorithm.ref_update_interval):
             self.backend.copy_weights("actor", "ref")
         return metrics | _policy_metrics(results, metrics) | mean_over_steps(results)

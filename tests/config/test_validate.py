@@ -57,6 +57,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tis_clip": 1.0, "tis_clip_low": 2.0}, "--tis-clip-low must be at most --tis-clip 1.0, got 2.0"),
     ({"tis_veto": 1.0}, "--tis-veto must be a ratio between 0 and 1, got 1.0"),
     ({"gamma": 1.1}, "--gamma must be between 0 and 1, got 1.1"),
+    # parts left out
+    ({"debug_rollout_only": True, "debug_train_only": True}, "--debug-rollout-only has no trainers, --debug-train"),
+    ({"debug_rollout_only": True, "save": "dir"}, "--debug-rollout-only has nothing to save: drop --save"),
+    ({"debug_rollout_only": True, "rollout_num_gpus": None}, "--rollout-num-gpus must be given"),
+    ({"save_debug_rollout_data": "dir/all.json"}, "--save-debug-rollout-data must be a path in which {rollout_id} is"),
+    ({"save_debug_train_data": "{rollout_id}.npz"}, "a path in which {rollout_id} and {rank} is filled in"),
+    ({"load_debug_rollout_data": "{rollout_id"}, "--load-debug-rollout-data must be a path in which"),
+    ({"load_debug_rollout_data": "{rollout_id}", "eval_interval": 1, "eval_prompt_data": ["a", "b"]}, "needs engines"),
+    # agents
+    ({"agent_function_path": "a.b", "custom_generate_function_path": "c.d"}, "--agent-function-path and --custom-gen"),
+    ({"agent_timeout_s": 0.0}, "--agent-timeout-s must be above 0"),
     # the cluster
     ({"rollout_num_gpus": None}, "--rollout-num-gpus must be given"),
     ({"rollout_num_gpus": 3, "rollout_num_gpus_per_engine": 2}, "--rollout-num-gpus-per-engine 2 must divide the 3"),
@@ -297,3 +308,24 @@ def test_a_setting_without_effect_is_warned_of(
 )
 def test_a_reference_is_needed_where_kl_is_measured(settings: dict[str, Any], needed: bool) -> None:
     assert resolved(**settings).needs_reference is needed
+
+
+def test_loaded_rollouts_need_neither_engines_nor_prompts() -> None:
+    args = resolved(load_debug_rollout_data="{rollout_id}.json", prompt_data=None, rollout_num_gpus=None)
+    assert args.debug_train_only and args.rollout_num_gpus == 0
+    assert args.rollout_function_path == "slime.rollout.debug_data.generate_rollout"
+
+
+def test_without_trainers_all_slots_are_the_engines() -> None:
+    args = resolved(debug_rollout_only=True, rollout_num_gpus=3, actor_num_gpus_per_node=8, global_batch_size=2)
+    assert (args.rollout_num_gpus, args.num_trainers, args.colocate) == (3, 3, True)
+
+
+def test_details_are_both_dumps_below_one_folder() -> None:
+    args = resolved(dump_details="/x")
+    assert args.save_debug_rollout_data == "/x/rollout_data/{rollout_id}.json"
+    assert args.save_debug_train_data == "/x/train_data/{rollout_id}_{rank}.npz"
+
+
+def test_an_agent_generates_the_samples() -> None:
+    assert resolved(agent_function_path="a.b").custom_generate_function_path == "slime.agent.generate.generate"

@@ -1,0 +1,77 @@
+"""Dumps of a run, a step repeated from them, and runs of which one half is left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slime.rollout.debug_data import load_rollout
+from tests.e2e.cpu.helpers.runs import KEEP_ENVIRONMENT, PLUGINS, ROOT, TRAINER, Starter
+
+pytestmark = pytest.mark.slow
+
+
+def replayed(run_dir: Path, rollout_id: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "slime.cli.main", "replay", str(run_dir), "--rollout-id", str(rollout_id)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{PLUGINS}", **KEEP_ENVIRONMENT},
+        cwd=run_dir,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_a_step_is_repeated_from_the_dumps_of_a_run_bit_for_bit(start: Starter) -> None:
+    dumps, save = start.folder / "details", start.folder / "save"
+    run = start(
+        *("--num-rollout", "3", "--dump-details", str(dumps), "--save", str(save), "--save-interval", "1"),
+        *(
+            "--lr-decay-style",
+            "linear",
+            "--num-steps-per-rollout",
+            "2",
+            "--entropy-coef",
+            "0.01",
+            "--actor-num-gpus-per-node",
+            "2",
+        ),
+    ).succeeds()
+    again = replayed(run.run_dir, 2)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "the same, bit for bit" in again.stdout and "train/loss" in again.stdout
+    first, second = (np.load(folder / "train_data" / "2_0.npz") for folder in (dumps, run.run_dir / "replay_2"))
+    assert set(first) == set(second) and "advantages" in first
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+    change_a_reward(dumps / "rollout_data" / "2.json")
+    changed = replayed(run.run_dir, 2)
+    assert changed.returncode == 1 and "DIFFERENT" in changed.stdout
+
+
+def change_a_reward(path: Path) -> None:
+    state: dict[str, Any] = json.loads(path.read_text())
+    state["groups"][0][0]["reward"] += 1.0
+    path.write_text(json.dumps(state))
+
+
+def test_without_trainers_engines_sample_from_the_checkpoint_and_samples_are_kept(start: Starter) -> None:
+    template = str(start.folder / "kept" / "{rollout_id}.json")
+    run = start("--debug-rollout-only", "--save-debug-rollout-data", template).reaches("metrics.jsonl")
+    assert run.processes(TRAINER) == []
+    run.succeeds()
+    for rollout_id in (0, 1):
+        groups = load_rollout(template, rollout_id)
+        assert [len(group) for group in groups] == [4, 4]
+        assert [s.tokens for group in groups for s in group] == [s["tokens"] for s in run.samples(rollout_id)]
+    assert len(run.metrics()) == 2
+    run.leaves_nothing(within_s=10)
+    trained = start("--load-debug-rollout-data", template, "--no-colocate", name="trained").succeeds()
+    assert [m["rollout/raw_reward"] for m in trained.metrics()] == [m["rollout/raw_reward"] for m in run.metrics()]
