@@ -9,6 +9,8 @@ from slime.utils.types import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PROBE = "slime turn probe"
+
 
 def check_messages(value: list[Any], location: str) -> list[Message]:
     """`value`, if it is a conversation: a list of {"role": str, "content": str | list | None, ...}, not empty.
@@ -55,3 +57,30 @@ def render_prompt(
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses these messages ({error})") from error
     return str(text)
+
+
+def following_text(
+    tokenizer: PreTrainedTokenizerBase,
+    before: list[Message],
+    new: list[Message],
+    *,
+    tools: list[Any] | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> str:
+    """What the chat template puts behind the words of an assistant turn when `new` follows it: the end of that turn,
+    the new messages, and the next generation prompt.
+
+    before: the conversation up to and without that turn. Found by difference, with a turn of known words in its place,
+    so that it holds for templates that render earlier turns otherwise once the conversation goes on.
+
+        following_text(qwen, [user], [{"role": "user", "content": "and 2+2?"}])
+        == "<|im_end|>\\n<|im_start|>user\\nand 2+2?<|im_end|>\\n<|im_start|>assistant\\n"
+
+    Raises ValueError where the template refuses the messages or does not show that turn.
+    """
+    turns = [*before, {"role": "assistant", "content": _PROBE}, *new]
+    text = render_prompt(tokenizer, turns, tools=tools, template_kwargs=template_kwargs)
+    _, found, behind = text.rpartition(_PROBE)
+    if not found:
+        raise ValueError("the chat template does not show an assistant turn as it was said: it cannot be continued")
+    return behind

@@ -25,6 +25,7 @@ BROAD_EXCEPT = {
     "slime/rollout/rm_hub/deadline.py": "a reward plug-in may raise anything; it fails its sample, by name",
     "slime/rollout/rm_hub/worker_process.py": "likewise, in a process of its own",
     "slime/utils/processing_utils.py": "the tokenizers library raises plain Exception",
+    "slime/agent/generate.py": "an agent may raise anything; it fails its sample, by name",
     "slime/cli/errors.py": "where every failure of a run ends",
     "slime/utils/misc.py": "a plug-in's module may raise anything",
 }

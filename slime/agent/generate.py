@@ -1,0 +1,72 @@
+"""Generation by an agent that knows nothing of slime: `--agent-function-path my_agent.run`.
+
+    def run(base_url, sample):                       # or async def
+        client = openai.OpenAI(base_url=base_url, api_key="none")
+        ...                                          # as many turns, tools and conversations as it likes
+        return 1.0                                   # the reward; None leaves it to --rm-type or --custom-rm-path
+
+What it asks of the server is recorded; each conversation becomes a `Sample`, siblings of one rollout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from slime.agent.front import front_of_loop
+from slime.agent.session import Session
+from slime.rollout.sglang_rollout import SamplingParams
+from slime.utils.misc import load_function
+from slime.utils.types import Sample, SampleStatus
+
+MAX_THREADS = 1024  # agents that are plain functions run in threads, one each
+
+
+async def generate(
+    args: Any, sample: Sample, sampling_params: SamplingParams, evaluation: bool = False
+) -> list[Sample] | Sample:
+    """Run the agent of --agent-function-path on `sample`; the samples of its conversations.
+
+    An agent that raises, asks for nothing, or takes longer than --agent-timeout-s leaves `sample` FAILED.
+    """
+    agent = load_function(args.agent_function_path)
+    front = await front_of_loop()
+    session = Session(args, sample, sampling_params, evaluation=evaluation)
+    start = time.monotonic()
+    try:
+        with front.serving(session) as base_url:
+            async with asyncio.timeout(args.agent_timeout_s):
+                reward = await _run(agent, base_url, sample)
+    except TimeoutError:
+        return _failed(sample, f"the agent did not end within --agent-timeout-s {args.agent_timeout_s:g}")
+    except Exception as error:  # an agent may raise anything; it fails its sample, by name
+        return _failed(sample, f"the agent raised {type(error).__name__}: {error}")
+    samples = session.samples
+    if not samples:
+        return _failed(sample, "the agent asked for no chat completion that the policy answered")
+    samples[0].non_generation_time += max(0.0, time.monotonic() - start - session.generation_s)
+    for member in samples:
+        member.reward = reward
+    return samples
+
+
+async def _run(agent: Any, base_url: str, sample: Sample) -> float | dict[str, Any] | None:
+    if inspect.iscoroutinefunction(agent):
+        reward: float | dict[str, Any] | None = await agent(base_url, sample)
+        return reward
+    return await asyncio.get_running_loop().run_in_executor(_threads(), agent, base_url, sample)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="agent")
+
+
+def _failed(sample: Sample, reason: str) -> Sample:
+    sample.status = SampleStatus.FAILED
+    sample.metadata["failure"] = reason
+    return sample

@@ -1,0 +1,156 @@
+"""One run of an agent: the chat completions that it asked for, recorded as samples."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any, NamedTuple
+
+from slime.agent.conversation import Conversation, sibling
+from slime.agent.messages import assistant_message, for_template, say_the_same
+from slime.rollout.sglang_rollout import SamplingParams, sampling_seed
+from slime.utils.types import Message, Sample, SampleStatus
+
+MODEL_NAME = "policy"
+_FINISH_REASONS = {SampleStatus.COMPLETED: "stop", SampleStatus.TRUNCATED: "length"}
+
+
+class BadRequest(ValueError):
+    """The agent asked for what cannot be served; the message says why."""
+
+
+class Known(NamedTuple):
+    """The longest part of a request that was said here before: so many replies of a conversation."""
+
+    conversation: Conversation
+    num_turns: int
+    num_messages: int
+
+
+def _continues(known: Known) -> tuple[int, bool]:
+    """The order of preference: what says most of it, and of these what ends there."""
+    return known.num_messages, known.num_turns == len(known.conversation.marks)
+
+
+class Session:
+    """Conversations of one agent run. The first is recorded in `sample` itself, others in siblings of it.
+
+    A request that repeats a conversation and adds to it continues that one, token by token. One that leaves it at an
+    earlier turn branches off there. Any other begins a new one.
+    """
+
+    def __init__(self, args: Any, sample: Sample, sampling_params: SamplingParams, *, evaluation: bool) -> None:
+        self.args = args
+        self.sample = sample
+        self.sampling_params = sampling_params
+        self.evaluation = evaluation
+        self.conversations: list[Conversation] = []
+        self.generation_s = 0.0
+        self._busy: set[Conversation] = set()
+        self._num_requests = 0
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those of all conversations in which the policy said something."""
+        return [c.sample for c in self.conversations if c.sample.effective_response_length > 0]
+
+    async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to the body of a `/v1/chat/completions` request. Raises BadRequest, HTTPError.
+
+        Temperature and nucleus are the run's, whatever the agent asks for: training divides log-probs by them.
+        """
+        messages = _checked_messages(body)
+        conversation = self._conversation_for(messages, body.get("tools"))
+        self._busy.add(conversation)
+        start = time.monotonic()
+        before = conversation.sample.prefix_cache_info.total_prompt_tokens, conversation.sample.response_length
+        is_said = False
+        try:
+            words = await conversation.reply(**self._turn_params(body, conversation))
+            is_said = True
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
+        finally:
+            if not is_said and conversation.marks:
+                conversation.rewind()
+            self._busy.discard(conversation)
+            self.generation_s += time.monotonic() - start
+        message = assistant_message(words, has_tools=bool(conversation.tools))
+        conversation.record(for_template(message))
+        sample = conversation.sample
+        if sample.status in (SampleStatus.ABORTED, SampleStatus.FAILED):
+            raise BadRequest(f"the turn was not sampled: the sample is {sample.status.value}")
+        finish = "tool_calls" if message.get("tool_calls") else _FINISH_REASONS[sample.status]
+        num_prompt = sample.prefix_cache_info.total_prompt_tokens - before[0]
+        return _answer(message, finish, num_prompt, len(sample.tokens) - num_prompt)
+
+    def _turn_params(self, body: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
+        self._num_requests += 1
+        max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
+        params: dict[str, Any] = {} if max_tokens is None else {"max_tokens": int(max_tokens)}
+        if body.get("stop"):
+            params["stop"] = [body["stop"]] if isinstance(body["stop"], str) else list(body["stop"])
+        if self._num_requests > 1:  # equal requests of one agent shall not get equal answers
+            name = f"{self.sample.index}/{self._num_requests}"
+            num_tokens = len(conversation.sample.tokens)
+            params["sampling_seed"] = sampling_seed(self.args.rollout_seed, name, num_tokens)
+        return params
+
+    def _conversation_for(self, messages: list[Message], tools: list[Any] | None) -> Conversation:
+        known = max((self._known(c, messages) for c in self.conversations), key=_continues, default=None)
+        if known is None or known.num_turns == 0:
+            conversation = self._begin(messages, tools)
+            self.conversations.append(conversation)
+            return conversation
+        conversation = known.conversation
+        if known.num_turns < len(conversation.marks) or conversation in self._busy:
+            conversation = conversation.branch(known.num_turns)
+            self.conversations.append(conversation)
+        conversation.tools = tools if tools is not None else conversation.tools
+        conversation.add(*(for_template(message) for message in messages[known.num_messages :]))
+        return conversation
+
+    def _begin(self, messages: list[Message], tools: list[Any] | None) -> Conversation:
+        sample = self.sample if not self.conversations else sibling(self.sample)
+        sample.prompt = [for_template(message) for message in messages]
+        sample.session_id = uuid.uuid4().hex
+        return Conversation(self.args, sample, self.sampling_params, tools=tools, evaluation=self.evaluation)
+
+    def _known(self, conversation: Conversation, messages: list[Message]) -> Known:
+        """How much of `messages` is this conversation up to one of its replies."""
+        for num_turns in range(len(conversation.marks), 0, -1):
+            num_messages = conversation.marks[num_turns - 1].num_messages
+            if say_the_same(conversation.messages[:num_messages], messages[:num_messages]) and (
+                len(messages) > num_messages
+            ):
+                return Known(conversation, num_turns, num_messages)
+        return Known(conversation, 0, 0)
+
+
+def _checked_messages(body: dict[str, Any]) -> list[Message]:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages must be a list of at least one message")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRequest(f"message {number} must be an object with a role")
+    if body.get("n") not in (None, 1):
+        raise BadRequest("n must be 1: ask several times instead")
+    return messages
+
+
+def _answer(message: Message, finish_reason: str, num_prompt: int, num_completion: int) -> dict[str, Any]:
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
+    usage = {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_completion,
+        "total_tokens": num_prompt + num_completion,
+    }
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": MODEL_NAME,
+        "choices": [choice],
+        "usage": usage,
+    }
