@@ -7,12 +7,13 @@ without --apply-chat-template. A sample's response begins at the first token tha
     response_length =                                                                   3
     loss_mask       =                                                                [  1       1       0]
 
-A conversation of more than --rollout-max-context-len tokens is cut at its end, and counted.
+A conversation of more than --rollout-max-context-len tokens is cut at its end, left out, or refused, as --sft-overlong
+says; how many were is counted.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from slime.rollout.base_types import RolloutFnTrainOutput
 from slime.rollout.data_source import DataSource
@@ -32,31 +33,63 @@ def generate_rollout(
     if evaluation:
         raise ValueError("slime.rollout.sft_rollout has no evaluation. Give an --eval-function-path that samples.")
     generator = MultiTurnLossMaskGenerator(tokenizer_of(args), args.loss_mask_type, args.apply_chat_template_kwargs)
-    groups = data_source.get_samples(args.rollout_batch_size)
+    limit = Limit(args.rollout_max_context_len, args.sft_overlong)
+    groups: list[list[Sample]] = []
+    num_dropped = 0
+    while len(groups) < args.rollout_batch_size:
+        drawn = data_source.get_samples(args.rollout_batch_size - len(groups))
+        kept = [group for group in drawn if all(_is_filled(sample, generator, limit) for sample in group)]
+        groups += kept
+        num_dropped += len(drawn) - len(kept)
+        if num_dropped > max(len(data_source), args.rollout_batch_size) and not groups:
+            raise ValueError(
+                f"all conversations are longer than --rollout-max-context-len {limit.max_context_len}: raise it, or "
+                "use --sft-overlong cut."
+            )
     samples = [sample for group in groups for sample in group]
-    for sample in samples:
-        try:
-            _fill(sample, generator, args.rollout_max_context_len)
-        except ValueError as error:
-            raise ValueError(f"sample {sample.index}, prompt {sample.prompt!r:.120}: {error}") from error
     metrics = {
         "rollout/sft_truncated": sum(sample.status is SampleStatus.TRUNCATED for sample in samples),
+        "rollout/sft_dropped": num_dropped,
         "rollout/sft_trained_tokens": sum(sample.effective_response_length for sample in samples),
     }
     return RolloutFnTrainOutput(groups, metrics)
 
 
-def _fill(sample: Sample, generator: MultiTurnLossMaskGenerator, max_context_len: int | None) -> None:
+class Limit(NamedTuple):
+    """max_context_len: tokens of a conversation, None for any number. overlong: what becomes of a longer one."""
+
+    max_context_len: int | None
+    overlong: Literal["cut", "drop", "error"]
+
+
+def _is_filled(sample: Sample, generator: MultiTurnLossMaskGenerator, limit: Limit) -> bool:
+    """Whether `sample` was made of its conversation; False for one that is left out."""
+    try:
+        return _fill(sample, generator, limit)
+    except ValueError as error:
+        raise ValueError(f"sample {sample.index}, prompt {sample.prompt!r:.120}: {error}") from error
+
+
+def _fill(sample: Sample, generator: MultiTurnLossMaskGenerator, limit: Limit) -> bool:
     """Sets tokens, response, loss mask, reward and status from the conversation in `sample.prompt`.
 
-    max_context_len: tokens kept, from the beginning; None keeps all.
+    Returns False, with nothing set, for one that is too long and to be left out.
     """
+    max_context_len, overlong = limit
     if isinstance(sample.prompt, str):
         raise ValueError(
             "supervised fine-tuning needs chat messages, this is text. Set --input-key to the messages and leave out "
             "--apply-chat-template."
         )
     all_token_ids, whole_mask = generator.get_loss_mask(sample.prompt, tools=sample.metadata.get("tools"))
+    if max_context_len is not None and len(all_token_ids) > max_context_len:
+        if overlong == "error":
+            raise ValueError(
+                f"it has {len(all_token_ids)} tokens, --rollout-max-context-len is {max_context_len}. Raise it, take "
+                "the conversation out, or set --sft-overlong to cut or drop."
+            )
+        if overlong == "drop":
+            return False
     token_ids, mask = all_token_ids[:max_context_len], whole_mask[:max_context_len]
     if 1 not in mask:
         raise ValueError(
@@ -70,3 +103,4 @@ def _fill(sample: Sample, generator: MultiTurnLossMaskGenerator, max_context_len
     sample.response = str(generator.tokenizer.decode(token_ids[-response_length:], skip_special_tokens=False))
     sample.reward = 0.0
     sample.status = SampleStatus.COMPLETED if len(mask) == len(whole_mask) else SampleStatus.TRUNCATED
+    return True

@@ -18,12 +18,15 @@ CONVERSATION = [
     {"role": "user", "content": "thanks"},
 ]
 
+LIMIT = 40  # tokens: fewer than the conversation has, more than a question and its answer
+
 
 @dataclass(frozen=True)
 class SftArgs(SourceArgs):
     rollout_batch_size: int = 2
     loss_mask_type: str = "qwen"
     rollout_max_context_len: int | None = None
+    sft_overlong: str = "cut"
 
 
 @pytest.fixture
@@ -60,7 +63,9 @@ def test_a_conversation_becomes_a_sample_whose_response_starts_at_the_first_trai
     assert second.loss_mask == [1] * len(trained) + [0]
     for sample in (first, second):
         sample.check()
-    assert output.metrics == {"rollout/sft_truncated": 0, "rollout/sft_trained_tokens": 2 * len(trained)}
+    assert output.metrics == {
+        "rollout/sft_truncated": 0, "rollout/sft_dropped": 0, "rollout/sft_trained_tokens": 2 * len(trained)
+    }  # fmt: skip
 
 
 def test_a_long_conversation_is_cut_at_its_end_and_counted(make_args):
@@ -73,6 +78,26 @@ def test_a_long_conversation_is_cut_at_its_end_and_counted(make_args):
     assert (cut.status, kept.status) == (SampleStatus.TRUNCATED, SampleStatus.COMPLETED)
     assert kept.tokens == short.tokens
     assert output.metrics["rollout/sft_truncated"] == 1
+
+
+def test_long_conversations_may_be_left_out_and_the_next_ones_taken(make_args):
+    short, other = CONVERSATION[2:4], [CONVERSATION[0], {"role": "assistant", "content": "hello"}]
+    args = make_args(CONVERSATION, short, CONVERSATION, CONVERSATION, other, sft_overlong="drop")
+    output = roll(dataclasses.replace(args, rollout_max_context_len=LIMIT))
+    assert [group[0].prompt for group in output.samples] == [short, other]
+    assert output.metrics["rollout/sft_dropped"] == 3 and output.metrics["rollout/sft_truncated"] == 0
+
+
+def test_a_rollout_ends_where_every_conversation_is_too_long(make_args):
+    args = make_args(CONVERSATION, CONVERSATION, sft_overlong="drop", rollout_max_context_len=LIMIT)
+    with pytest.raises(ValueError, match=f"all conversations are longer than --rollout-max-context-len {LIMIT}"):
+        roll(args)
+
+
+def test_a_long_conversation_may_stop_the_run(make_args):
+    args = make_args(CONVERSATION[2:4], CONVERSATION, sft_overlong="error", rollout_max_context_len=LIMIT)
+    with pytest.raises(ValueError, match=f"sample 1, .*tokens, --rollout-max-context-len is {LIMIT}"):
+        roll(args)
 
 
 def test_a_conversation_without_a_trained_token_is_named(make_args):

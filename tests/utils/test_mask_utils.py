@@ -111,6 +111,50 @@ def test_qwen3_keeps_the_reasoning_between_tool_calls_of_the_last_question():
     ]  # fmt: skip
 
 
+# Results of one turn's calls stand in one turn of the user, as in Qwen's templates; reasoning is a field of its own.
+TOOL_TEMPLATE = (
+    "{% set ns = namespace(query=0) %}{% for message in messages %}{% if message.role == 'user' %}"
+    "{% set ns.query = loop.index0 %}{% endif %}{% endfor %}{% for message in messages %}"
+    "{% if message.role == 'tool' %}"
+    "{% if messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}<r>{{ message.content }}</r>"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% else %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' and loop.index0 > ns.query and (loop.last or message.reasoning_content) %}"
+    "<think>\n{{ message.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<c>{{ call.function.name }}</c>{% endfor %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def calls(*names, **fields):
+    return assistant("", tool_calls=[{"type": "function", "function": {"name": name}} for name in names], **fields)
+
+
+def test_results_of_several_calls_in_one_turn_are_masked_and_the_calls_trained_on():
+    tokenizer = thinking(TOOL_TEMPLATE)
+    messages = [USER, calls("a", "b"), TOOL, TOOL, calls("c"), TOOL, assistant("done"), MORE, assistant("bye")]
+    token_ids, texts = masked(MultiTurnLossMaskGenerator(tokenizer, "qwen3"), messages)
+    assert texts == [
+        "<c>a</c><c>b</c><|im_end|>", "<c>c</c><|im_end|>", "done<|im_end|>", "<think>\n\n</think>\n\nbye<|im_end|>"
+    ]  # fmt: skip
+    assert token_ids == rendered_ids(tokenizer, messages)
+    assert tokenizer.decode(token_ids).count("user<r>42</r><r>42</r><|im_end|>") == 1
+
+
+def test_reasoning_between_calls_is_trained_on_until_the_next_question_drops_it():
+    tokenizer = thinking(TOOL_TEMPLATE)
+    generator = MultiTurnLossMaskGenerator(tokenizer, "qwen3")
+    turns = [USER, calls("a", reasoning_content="hm"), TOOL, TOOL, assistant("done", reasoning_content="so")]
+    token_ids, texts = masked(generator, turns)
+    assert texts == ["<think>\nhm\n</think>\n\n<c>a</c><|im_end|>", "<think>\nso\n</think>\n\ndone<|im_end|>"]
+    assert token_ids == rendered_ids(tokenizer, turns)
+    with pytest.raises(ValueError, match="message 1: the chat template drops part of its reasoning_content"):
+        generator.get_loss_mask([*turns, MORE, assistant("bye")])
+    left_out = [{**turn, "step_loss_mask": 0} if turn["role"] == "assistant" else turn for turn in turns]
+    token_ids, texts = masked(generator, [*left_out, MORE, assistant("bye")])
+    assert texts == ["<think>\n\n</think>\n\nbye<|im_end|>"]
+
+
 def test_qwen3_refuses_an_answer_whose_reasoning_the_template_drops():
     generator = MultiTurnLossMaskGenerator(thinking(), "qwen3")
     reasoned = "<think>\nhm\n</think>\n\nhello"
