@@ -12,7 +12,7 @@ from typing import Any
 
 from examples.gym_environment.environment import GuessNumber
 from slime.agent.conversation import Conversation
-from slime.utils.types import Sample
+from slime.utils.types import Sample, SampleStatus
 
 TURN_TOKENS = 16
 MOVE_DEADLINE_S = 30.0
@@ -33,14 +33,13 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], e
     total = 0.0
     while True:
         action = await conversation.reply(max_tokens=TURN_TOKENS)
-        if sample.response_length == 0:  # no room for a move: the sample says so itself
+        if sample.status in (SampleStatus.ABORTED, SampleStatus.FAILED):  # no move was made: the sample says why
             return sample
         start = time.monotonic()
         step = await asyncio.wait_for(asyncio.to_thread(environment.step, action), MOVE_DEADLINE_S)
         sample.non_generation_time += time.monotonic() - start
         total += step.reward
-        is_full = sample.response_length >= sampling_params["max_new_tokens"]
-        if step.terminated or step.truncated or is_full:
+        if step.terminated or step.truncated or not conversation.can_go_on:
             break
         conversation.add({"role": "user", "content": step.observation})
     sample.reward = total

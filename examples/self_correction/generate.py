@@ -15,8 +15,10 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], e
     """Both turns are trained on, the doubt between them is not."""
     conversation = Conversation(args, sample, sampling_params, evaluation=evaluation)
     first = await conversation.reply(max_tokens=TURN_TOKENS)
-    conversation.add(DOUBT)
-    second = await conversation.reply(max_tokens=TURN_TOKENS)
+    second = first
+    if conversation.can_go_on:
+        conversation.add(DOUBT)
+        second = await conversation.reply(max_tokens=TURN_TOKENS)
     sample.metadata["answers"] = [first, second]
     return sample
 

@@ -36,7 +36,8 @@ class Mark(NamedTuple):
 class Conversation:
     """Turns of one conversation; `sample` is what is trained on.
 
-    sample: fresh. Its prompt is either text (the chat template was applied) or the messages so far.
+    sample: its prompt is either text (the chat template was applied) or the messages so far. One that was aborted in
+        the middle of an earlier conversation starts over.
     sampling_params: those that a generate function is given; `max_new_tokens` bounds the whole response.
     tools: descriptions for the chat template; default those of the data.
     Raises ValueError where the chat template refuses the messages.
@@ -61,6 +62,8 @@ class Conversation:
         self._new: list[Message] = []
         if sample.session_id is None:
             sample.session_id = uuid.uuid4().hex  # turns of one conversation reach the engine that knows its prefix
+        if sample.response_length > 0:
+            start_over(sample)
         if isinstance(sample.prompt, str):
             self.messages: list[Message] = [{"role": "user", "content": sample.prompt}]
             sample.tokens = sample.tokens or encode_prompt(self.tokenizer, sample)
@@ -73,8 +76,13 @@ class Conversation:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether the last turn ended by itself: not at a limit, not by an abort or a failure."""
-        return self.sample.status in (SampleStatus.PENDING, SampleStatus.COMPLETED)
+        """Whether there is room for another turn, and the last was neither aborted nor failed."""
+        sample, args = self.sample, self.args
+        context = args.eval_max_context_len if self.evaluation else args.rollout_max_context_len
+        has_room = sample.response_length < self.sampling_params["max_new_tokens"] and (
+            context is None or len(sample.tokens) < context
+        )
+        return has_room and sample.status not in (SampleStatus.ABORTED, SampleStatus.FAILED)
 
     def add(self, *messages: Message) -> None:
         """What tools, users and environments say to the last reply; in front of the next one, not trained on."""
@@ -166,10 +174,15 @@ def sibling(sample: Sample) -> Sample:
     """Another sample of the same prompt and the same rollout, with nothing generated yet."""
     other = copy.copy(sample)
     other.metadata = dict(sample.metadata)
-    other.tokens, other.response, other.response_length = [], "", 0
-    other.loss_mask = other.rollout_log_probs = other.reward = None
-    other.weight_versions = []
-    other.status = SampleStatus.PENDING
-    other.spec_info, other.prefix_cache_info = SpecInfo(), PrefixCacheInfo()
-    other.non_generation_time = 0.0
+    start_over(other)
     return other
+
+
+def start_over(sample: Sample) -> None:
+    """Take back all that was generated."""
+    sample.tokens, sample.response, sample.response_length = [], "", 0
+    sample.loss_mask = sample.rollout_log_probs = sample.reward = None
+    sample.weight_versions = []
+    sample.status = SampleStatus.PENDING
+    sample.spec_info, sample.prefix_cache_info = SpecInfo(), PrefixCacheInfo()
+    sample.non_generation_time = 0.0

@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from slime.agent.conversation import start_over
 from slime.agent.front import front_of_loop
 from slime.agent.session import Session
 from slime.rollout.sglang_rollout import SamplingParams
@@ -31,23 +32,31 @@ async def generate(
 ) -> list[Sample] | Sample:
     """Run the agent of --agent-function-path on `sample`; the samples of its conversations.
 
-    An agent that raises, asks for nothing, or takes longer than --agent-timeout-s leaves `sample` FAILED.
+    An agent that raises, asks for nothing, or takes longer than --agent-timeout-s leaves `sample` FAILED. One whose
+    turn was aborted leaves it ABORTED and as it was before: it starts over where aborted samples are taken up again.
     """
     agent = load_function(args.agent_function_path)
     front = await front_of_loop()
+    prompt, session_id = sample.prompt, sample.session_id
+    start_over(sample)
     session = Session(args, sample, sampling_params, evaluation=evaluation)
     start = time.monotonic()
+    failure = ""
     try:
         with front.serving(session) as base_url:
             async with asyncio.timeout(args.agent_timeout_s):
                 reward = await _run(agent, base_url, sample)
     except TimeoutError:
-        return _failed(sample, f"the agent did not end within --agent-timeout-s {args.agent_timeout_s:g}")
+        failure = f"the agent did not end within --agent-timeout-s {args.agent_timeout_s:g}"
     except Exception as error:  # an agent may raise anything; it fails its sample, by name
-        return _failed(sample, f"the agent raised {type(error).__name__}: {error}")
+        failure = f"the agent raised {type(error).__name__}: {error}"
+    if any(conversation.sample.status is SampleStatus.ABORTED for conversation in session.conversations):
+        start_over(sample)
+        sample.prompt, sample.session_id, sample.status = prompt, session_id, SampleStatus.ABORTED
+        return sample
     samples = session.samples
-    if not samples:
-        return _failed(sample, "the agent asked for no chat completion that the policy answered")
+    if failure or not samples:
+        return _failed(sample, failure or "the agent asked for no chat completion that the policy answered")
     samples[0].non_generation_time += max(0.0, time.monotonic() - start - session.generation_s)
     for member in samples:
         member.reward = reward

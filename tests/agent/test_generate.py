@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 from helpers.embedded_engine import EngineUnderTest
-from helpers.scripted_engine import router_flags, scripted_engine
+from helpers.scripted_engine import ABORTED, router_flags, scripted_engine
 
 from slime.rollout.data_source import RolloutDataSource
 from slime.rollout.sglang_rollout import GenerateState, generate_and_rm, generate_rollout
@@ -175,6 +175,20 @@ def test_requests_that_cannot_be_served_are_refused_by_name(make_args: Any, engi
 def test_an_agent_that_fails_fails_its_sample(make_args: Any, engine: EngineUnderTest, name: str, reason: str) -> None:
     (sample,) = generated(make_args(*agent(name), *router_flags(engine.url), "--agent-timeout-s", "1"))
     assert sample.status is SampleStatus.FAILED and reason in sample.metadata["failure"]
+
+
+def test_an_agent_whose_turn_was_aborted_starts_over_as_if_nothing_had_been(make_args: Any) -> None:
+    says = iter(["hello", ABORTED, "hello", "world"])
+    with scripted_engine(tokenizer_of(make_args()), lambda text: next(says)) as (_, flags):
+        args = make_args(*agent("two_turns"), *flags)
+        sample = Sample(index=7, group_index=0, prompt=[QUESTION])
+        params = GenerateState(args).sampling_params
+        aborted = run(generate_and_rm(args, sample, params))
+        assert aborted is sample and sample.status is SampleStatus.ABORTED
+        assert (sample.tokens, sample.response_length, sample.prompt) == ([], 0, [QUESTION])
+        (again,) = run(generate_and_rm(args, sample, params))  # type: ignore[misc]
+    assert again.status is SampleStatus.COMPLETED and again.response.startswith("hello<|im_end|>")
+    assert again.response.endswith("world<|im_end|>") and len(again.weight_versions) == 2
 
 
 def test_a_session_that_is_over_answers_nothing(make_args: Any, engine: EngineUnderTest) -> None:

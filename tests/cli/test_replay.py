@@ -13,7 +13,15 @@ from helpers.training import settings_for
 
 from slime.arguments import Args, settings_as_dict
 from slime.backends.fsdp_utils.checkpoint import iteration_folder
-from slime.cli.replay import Comparison, ReplayError, find_start, main, read_settings, replay_settings
+from slime.cli.replay import (
+    Comparison,
+    ReplayError,
+    find_start,
+    main,
+    print_comparison,
+    read_settings,
+    replay_settings,
+)
 
 
 @pytest.fixture
@@ -84,3 +92,11 @@ def test_numbers_are_compared_bit_for_bit() -> None:
     assert Comparison("train/loss", 0.1, 0.1).is_same
     assert Comparison("train/loss", math.nan, math.nan).is_same
     assert not Comparison("train/loss", 0.1, math.nextafter(0.1, 1)).is_same
+
+
+def test_a_number_that_differs_is_shown_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    print_comparison([Comparison("train/loss", 0.1, 0.2), Comparison("train/grad_norm", 1.0, 1.0)], 3)
+    out = capsys.readouterr().out
+    assert "DIFFERENT" in out and "1 of 2 numbers differ" in out
+    print_comparison([Comparison("train/loss", 0.1, 0.1)], 3)
+    assert "the same, bit for bit" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from aiohttp import web
 from slime.utils.async_utils import run
 from slime.utils.http_utils import find_free_port
 
+ABORTED = "aborted"  # the script's word for a turn that ends after one token
 Script = Callable[[str], str]  # the text so far -> the next turn
 
 
@@ -38,6 +39,8 @@ class ScriptedEngine:
             token_ids.append(self.tokenizer.eos_token_id)
         limit = body["sampling_params"]["max_new_tokens"]
         reason = {"type": "stop"} if len(token_ids) <= limit else {"type": "length"}
+        if text == ABORTED:
+            token_ids, reason = token_ids[:1], {"type": "abort"}
         token_ids = token_ids[:limit]
         meta_info = {
             "finish_reason": reason,
