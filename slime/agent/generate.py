@@ -37,8 +37,6 @@ async def generate(
     """
     agent = load_function(args.agent_function_path)
     front = await front_of_loop()
-    prompt, session_id = sample.prompt, sample.session_id
-    start_over(sample)
     session = Session(args, sample, sampling_params, evaluation=evaluation)
     start = time.monotonic()
     failure = ""
@@ -52,7 +50,7 @@ async def generate(
         failure = f"the agent raised {type(error).__name__}: {error}"
     if any(conversation.sample.status is SampleStatus.ABORTED for conversation in session.conversations):
         start_over(sample)
-        sample.prompt, sample.session_id, sample.status = prompt, session_id, SampleStatus.ABORTED
+        sample.status = SampleStatus.ABORTED
         return sample
     samples = session.samples
     if failure or not samples:

@@ -33,7 +33,7 @@ def _continues(known: Known) -> tuple[int, bool]:
 
 
 class Session:
-    """Conversations of one agent run. The first is recorded in `sample` itself, others in siblings of it.
+    """Conversations of one agent run, each recorded in a sibling of `sample`, which stays as it is.
 
     A request that repeats a conversation and adds to it continues that one, token by token. One that leaves it at an
     earlier turn branches off there. Any other begins a new one.
@@ -111,7 +111,7 @@ class Session:
         return conversation
 
     def _begin(self, messages: list[Message], tools: list[Any] | None) -> Conversation:
-        sample = self.sample if not self.conversations else sibling(self.sample)
+        sample = sibling(self.sample)
         sample.prompt = [for_template(message) for message in messages]
         sample.session_id = uuid.uuid4().hex
         return Conversation(self.args, sample, self.sampling_params, tools=tools, evaluation=self.evaluation)

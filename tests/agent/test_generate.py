@@ -12,6 +12,7 @@ import pytest
 from helpers.embedded_engine import EngineUnderTest
 from helpers.scripted_engine import ABORTED, router_flags, scripted_engine
 
+from slime.agent.generate import generate
 from slime.rollout.data_source import RolloutDataSource
 from slime.rollout.sglang_rollout import GenerateState, generate_and_rm, generate_rollout
 from slime.rollout.tokenizer import tokenizer_of
@@ -183,7 +184,7 @@ def test_an_agent_whose_turn_was_aborted_starts_over_as_if_nothing_had_been(make
         args = make_args(*agent("two_turns"), *flags)
         sample = Sample(index=7, group_index=0, prompt=[QUESTION])
         params = GenerateState(args).sampling_params
-        aborted = run(generate_and_rm(args, sample, params))
+        aborted = run(generate(args, sample, params))
         assert aborted is sample and sample.status is SampleStatus.ABORTED
         assert (sample.tokens, sample.response_length, sample.prompt) == ([], 0, [QUESTION])
         (again,) = run(generate_and_rm(args, sample, params))  # type: ignore[misc]
