@@ -93,11 +93,12 @@ _idle: list[Worker] = []  # of this operating-system process, whatever event loo
 
 
 async def _take() -> Worker:
-    """A worker that waits for a request; a new one where there is none."""
+    """A worker that waits for a request and imports from where this process does; a new one where there is none."""
     while _idle:
         worker = _idle.pop()
-        if worker.is_alive():
+        if worker.is_alive() and worker.import_path == sys.path:
             return worker
+        worker.kill()
         worker.close()
     worker = Worker()
     try:
@@ -126,6 +127,7 @@ class Worker:
     def __init__(self) -> None:
         program = Path(__file__).with_name("worker_process.py")
         self._is_killed = False
+        self.import_path = list(sys.path)
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         with theirs:
@@ -134,7 +136,7 @@ class Worker:
                 command,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, self.import_path))},
                 start_new_session=True,
             )
 

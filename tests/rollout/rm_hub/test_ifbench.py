@@ -104,7 +104,6 @@ INSTRUCTION_DICT = {"count:letters": Count}
 def test_instructions_of_ifbench_are_checked_by_its_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "instructions_registry.py").write_text(REGISTRY)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr("slime.rollout.rm_hub.pool._idle", [])  # processes that know the folder
     metadata = {"instruction_id_list": ["count:letters"], "kwargs": [{"length": 3, "unused": None}]}
     assert [score("abc", **metadata), score("ab", **metadata)] == [1.0, 0.0]
     with pytest.raises(RewardError, match="neither IFEval nor the IFBench on PYTHONPATH knows .*'count:words'"):

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -206,7 +207,7 @@ def takes_a_moment(args: Any, sample: Sample) -> float:
     return float(os.getpid())
 
 
-def test_what_a_function_started_ends_with_it(tmp_path: Any) -> None:
+def test_what_a_function_started_ends_with_it(tmp_path: Path) -> None:
     file = tmp_path / "pid"
     with pytest.raises(RewardError):
         score(settings("starts_a_child_and_hangs", rm_timeout_s=2.0), Sample(metadata={"pid_file": str(file)}))
@@ -232,6 +233,15 @@ def test_a_worker_ends_when_its_parent_is_killed_even_while_it_spins() -> None:
         wait_until(is_spinning)
         parent.kill()
     wait_until(lambda: not any(child.is_running() for child in children))
+
+
+def test_a_function_is_imported_from_where_this_process_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score(settings("pid"))
+    (tmp_path / "late_rewards.py").write_text("def two(args, sample):\n    return 2.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert score(RewardArgs("late_rewards.two")) == 2.0
 
 
 def test_arguments_that_cannot_be_sent_say_what_to_do() -> None:
