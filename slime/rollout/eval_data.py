@@ -35,6 +35,7 @@ SETTING_OF_KEY = {
     "label_key": "eval_label_key",
     "tool_key": "eval_tool_key",
     "metadata_key": "metadata_key",
+    "metadata_columns": "metadata_columns",
     "apply_chat_template": "apply_chat_template",
     "apply_chat_template_kwargs": "apply_chat_template_kwargs",
     "rm_type": "rm_type",

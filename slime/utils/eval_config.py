@@ -40,6 +40,7 @@ class EvalDatasetConfig:
     label_key: str | None = None
     tool_key: str | None = None
     metadata_key: str | None = None
+    metadata_columns: list[str] | None = None
     apply_chat_template: bool | None = None
     apply_chat_template_kwargs: dict[str, Any] | None = None
     rm_type: str | None = None
