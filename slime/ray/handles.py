@@ -47,10 +47,9 @@ class RolloutHandle:
 
     def save(self, rollout_id: int) -> None:
         """Write the state of the data source after `rollout_id`."""
-        self._save(rollout_id)
+        self._wait_for_save(self.manager.save.remote(rollout_id))
 
-    def _save(self, rollout_id: int) -> None:
-        call: ObjectRef = self.manager.save.remote(rollout_id)
+    def _wait_for_save(self, call: ObjectRef) -> None:
         self.watchdog.get([call], timeout_s=self.args.train_timeout_s, what="the data source to be saved")
 
     def _get(self, ref: ObjectRef, what: str) -> Any:
@@ -71,6 +70,7 @@ class RolloutAhead(RolloutHandle):
 
     num_rollout: int = 0
     _ahead: _Ahead | None = None
+    _saved: ObjectRef | None = None
     _evaluation: _Ahead | None = None  # its rollout_id is how many rollouts the policy had trained
 
     def generate(self, rollout_id: int) -> ObjectRef:
@@ -80,8 +80,8 @@ class RolloutAhead(RolloutHandle):
         with self.journal.phase("rollout_wait", "the engines to sample and the rewards"):
             result: RolloutResult = self._get(ahead.call, "a rollout")
         self.journal.rollout_metrics |= result.metrics
-        if self.args.save is not None:
-            self._save(rollout_id)  # whether this one gets a checkpoint may turn out later, by a signal
+        if self.args.save is not None:  # whether it becomes part of a checkpoint may turn out later, by a signal
+            self._saved = self.manager.save.remote(rollout_id)
         self._ahead = self._begin(rollout_id + 1) if rollout_id + 1 < self.num_rollout else None
         return result.batch
 
@@ -103,7 +103,9 @@ class RolloutAhead(RolloutHandle):
                 self._get(self._ahead.call, "a rollout")
 
     def save(self, rollout_id: int) -> None:
-        """`generate` has done it."""
+        """`generate` has begun to."""
+        assert self._saved is not None
+        self._wait_for_save(self._saved)
 
     def _begin(self, rollout_id: int) -> _Ahead:
         return _Ahead(rollout_id, self.manager.generate.remote(rollout_id, self.weight_version))

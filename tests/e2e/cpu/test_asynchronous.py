@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.e2e.cpu.helpers.runs import TRAIN_ASYNC, Run, Starter, wait_for
+from tests.e2e.cpu.helpers.runs import ENGINE, TRAIN_ASYNC, Run, Starter, wait_for
 
 APART = ("--no-colocate", "--rollout-num-gpus", "1")
 FULLY_ASYNC = (*APART, "--rollout-function-path", "recorder.fully_async")
@@ -82,4 +82,15 @@ def test_a_fully_asynchronous_run_that_is_killed_resumes_with_what_was_under_way
     for rollout_id in range(5):
         assert indices(run, rollout_id) == list(range(8 * rollout_id, 8 * rollout_id + 8))
         assert min(versions(run, rollout_id)) >= rollout_id - 2
+    run.leaves_nothing(within_s=5)
+
+
+def test_an_engine_that_is_killed_under_groups_of_several_rollouts_costs_no_sample(start: Starter) -> None:
+    run = start(*FULLY_ASYNC, "--num-rollout", "4", "--rollout-max-response-len", "48").reaches("record_000000.json")
+    run.the_process(ENGINE).send_signal(signal.SIGKILL)
+    run.succeeds()
+    for rollout_id in range(4):
+        assert indices(run, rollout_id) == list(range(8 * rollout_id, 8 * rollout_id + 8))
+        assert min(versions(run, rollout_id)) >= rollout_id - 2
+    assert [metrics["rollout/num_failed"] for metrics in run.metrics()] == [0, 0, 0, 0]
     run.leaves_nothing(within_s=5)
