@@ -87,20 +87,25 @@ class RolloutAhead(RolloutHandle):
 
     def eval(self, num_trained: int) -> None:
         """Begin to evaluate; after the last rollout, wait for the end."""
+        self._finish_evaluation()
         self._evaluation = _Ahead(num_trained, self.manager.eval.remote(num_trained))
         if self._ahead is None and num_trained == self.num_rollout:
             self.finish()
 
     def finish(self) -> None:
         """Wait until the engines have nothing to do: no rollout ahead, no evaluation."""
-        if self._evaluation is not None:
-            with self.journal.phase("eval", "the evaluation"):
-                metrics: dict[str, float] = self._get(self._evaluation.call, "an evaluation")
-            self.journal.evaluated(self._evaluation.rollout_id, metrics)
-            self._evaluation = None
+        self._finish_evaluation()
         if self._ahead is not None:
             with self.journal.phase("rollout_wait", "the engines to sample the next rollout"):
                 self._get(self._ahead.call, "a rollout")
+
+    def _finish_evaluation(self) -> None:
+        if self._evaluation is None:
+            return
+        with self.journal.phase("eval", "the evaluation"):
+            metrics: dict[str, float] = self._get(self._evaluation.call, "an evaluation")
+        self.journal.evaluated(self._evaluation.rollout_id, metrics)
+        self._evaluation = None
 
     def save(self, rollout_id: int) -> None:
         """`generate` has begun to."""

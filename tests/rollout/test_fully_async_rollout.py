@@ -23,6 +23,7 @@ from slime.rollout.sglang_rollout import generate as generate_one
 from slime.utils.async_utils import run
 from slime.utils.http_utils import close
 from slime.utils.types import Sample, SampleStatus
+from tests.e2e.cpu.helpers.runs import wait_for
 
 LENGTH = 64  # tokens of each response of `fixed_length`
 MakeArgs = Callable[..., Args]
@@ -237,7 +238,7 @@ def test_a_source_without_a_buffer_says_that_it_does_not_save_them(
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[EngineUnderTest]:
-    with running_engine(model, "--num-threads", "1", "--weight-version", "0") as running:
+    with running_engine(model, "--num-threads", "1", "--weight-version", "0", "--min-step-ms", "20") as running:
         yield running
         run(close())
 
@@ -257,6 +258,9 @@ def test_a_weight_update_in_the_middle_of_responses_loses_and_repeats_no_token(
     outputs = []
     for rollout_id in range(4):
         outputs.append(generate_rollout(args, rollout_id, data_source))
+        if rollout_id < 3:  # a response takes more than a second
+            done = 4 * LENGTH * (rollout_id + 1)
+            wait_for(lambda done=done: generated_tokens(engine) > done, timeout_s=60, what="tokens of the next rollout")
         engine.post("/pause_generation", {"mode": "retract"})
         body = {"model_path": str(model), "weight_version": str(rollout_id + 1), "flush_cache": True}
         assert engine.post("/update_weights_from_disk", body).json["success"]
