@@ -88,9 +88,9 @@ class RolloutManager:
         known = {"weight_version": weight_version} if "weight_version" in signature(function).parameters else {}
         output = call_rollout_fn(function, self.args, rollout_id, self.data_source, evaluation=False, **known)
         assert isinstance(output, RolloutFnTrainOutput)
-        if self.args.save_debug_rollout_data is not None:
-            save_rollout(self.args.save_debug_rollout_data, rollout_id, output.samples, weight_version=weight_version)
         groups, stale = without_stale(self.args, rollout_id, output.samples, self.data_source)
+        if self.args.save_debug_rollout_data is not None:
+            save_rollout(self.args.save_debug_rollout_data, rollout_id, groups, weight_version=weight_version)
         samples = [sample for group in groups for sample in group]
         raw_rewards, batch = self._training_data(samples)
         seconds, extra = time.monotonic() - start, (output.metrics or {}) | stale

@@ -22,6 +22,7 @@ from slime.cli.replay import (
     read_settings,
     replay_settings,
 )
+from slime.config.validate import check_loop
 
 
 @pytest.fixture
@@ -70,6 +71,14 @@ def test_a_replay_keeps_the_schedule_and_writes_to_its_own_folder(make_run: Any,
     assert again.debug_train_only and again.save is None and again.run_dir == str(tmp_path / "again")
     assert again.rollout_function_path == "slime.rollout.debug_data.generate_rollout"
     assert (again.global_batch_size, again.num_trainers) == (args.global_batch_size, args.num_trainers)
+
+
+def test_a_run_that_sampled_ahead_and_evaluated_is_repeated_by_the_plain_loop(make_run: Any, tmp_path: Path) -> None:
+    sets = tmp_path / "sets.yaml"
+    sets.write_text("eval: {datasets: [{name: held, path: held.jsonl}]}")
+    ahead = {"update_weights_interval": 2, "max_weight_staleness": 2}
+    args = make_run(dumps=range(3), eval_interval=1, eval_config=str(sets), **ahead)
+    check_loop(replay_settings(args, 2, tmp_path / "again"), is_async=False)
 
 
 def test_a_run_that_kept_nothing_cannot_be_repeated(tmp_path: Path) -> None:
