@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -148,11 +147,11 @@ def forgets_to_answer(args: Args, samples: list[Sample], **kwargs: Any) -> None:
     return None
 
 
-def slow_for_short(args: Args, sample: Sample, **kwargs: Any) -> float:
+async def slow_for_short(args: Args, sample: Sample, **kwargs: Any) -> float:
     """A judge that never answers where n is 3, the first time."""
     if sample.metadata["n"] == 3 and sample.index not in judged:
         judged.add(sample.index)
-        threading.Event().wait(60)
+        await asyncio.Event().wait()
     return 1.0
 
 
