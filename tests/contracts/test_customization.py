@@ -27,9 +27,11 @@ PAGE = (Path(__file__).parents[2] / "docs" / "customization.md").read_text()
 ALGORITHMS = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
 FILES = dict(re.findall(r"```python\n# (\w+\.py)[^\n]*\n(.*?)```", PAGE, flags=re.DOTALL))
 DOCUMENTED = {
+    "slime.rollout.base_types",
     "slime.rollout.data_source",
     "slime.rollout.filter_hub.base_types",
     "slime.rollout.sglang_rollout",
+    "slime.utils.async_utils",
     "slime.utils.http_utils",
 }
 RESPONSE_LENGTH = 6
@@ -111,6 +113,15 @@ def test_a_rollout_function_may_return_the_bare_forms(make_args: MakeArgs, tmp_p
     output = call_rollout_fn(function, args, 0, None, evaluation=True)
     assert isinstance(output, RolloutFnEvalOutput)
     assert len(output.data["held"]["rewards"]) == 8
+
+
+def test_a_rollout_of_the_users_own_is_made_of_the_same_parts(make_args: MakeArgs) -> None:
+    args = make_args("--rollout-function-path", "my_parts.generate_rollout")
+    source = load_function(args.data_source_path)(args)
+    groups = rollout(args, source)
+    assert len(groups) >= 2
+    assert len(groups) + source.get_buffer_length() == 4
+    assert all(sample.reward is not None for sample in flat(groups))
 
 
 def test_generation_with_a_tool_masks_what_was_not_sampled(make_args: MakeArgs) -> None:

@@ -147,6 +147,14 @@ def forgets_to_answer(args: Args, samples: list[Sample], **kwargs: Any) -> None:
     return None
 
 
+async def count_groups(args: Args, samples: list[Sample], **kwargs: Any) -> list[float]:
+    scored_groups.append(samples[0].metadata["n"])
+    return [1.0] * len(samples)
+
+
+scored_groups: list[int] = []
+
+
 async def slow_for_short(args: Args, sample: Sample, **kwargs: Any) -> float:
     """A judge that never answers where n is 3, the first time."""
     if sample.metadata["n"] == 3 and sample.index not in judged:
@@ -346,3 +354,16 @@ def test_a_hanging_judge_holds_up_no_abort_and_the_sample_is_scored_later(make_a
     later = [group for rollout_id in (1, 2) for group in rollout(args, rollout_id, source).samples]
     (scored,) = [group for group in later if group[0].metadata["n"] == 3]
     assert [(sample.response_length, sample.reward) for sample in scored] == [(SHORT, 1.0)] * 2
+
+
+def test_with_group_rm_a_group_is_scored_once_and_whole(make_args: MakeArgs) -> None:
+    scored_groups.clear()
+    args = make_args(
+        *("--over-sampling-batch-size", "4", "--partial-rollout"),
+        *("--custom-rm-path", f"{__name__}.count_groups", "--group-rm"),
+    )
+    source = RolloutDataSourceWithBuffer(args)
+    groups = [group for rollout_id in range(3) for group in rollout(args, rollout_id, source).samples]
+    assert len(groups) == 6
+    scored = [group for group in source.buffer if group[0].reward is not None]
+    assert sorted(scored_groups) == sorted(group[0].metadata["n"] for group in groups + scored)
