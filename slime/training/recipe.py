@@ -67,8 +67,7 @@ class Recipe:
         self._prepared = None
         metrics: dict[str, float] = {}
         if self.algorithm.is_policy_loss:
-            metrics |= self._attach_advantages(batch, steps)
-            postprocess(self.algorithm, rollout_id, everything(steps))
+            metrics |= self._attach_advantages(rollout_id, batch, steps)
         with self.phase("actor_train"):
             results = [self._step(rollout_id, index, batch, step) for index, step in enumerate(steps)]
         if self.train_dump is not None:
@@ -135,13 +134,14 @@ class Recipe:
             if output.entropy is not None:
                 micro_batch.entropy = output.entropy.to(micro_batch.loss_mask.device)
 
-    def _attach_advantages(self, batch: TrainBatch, steps: Steps) -> dict[str, float]:
+    def _attach_advantages(self, rollout_id: int, batch: TrainBatch, steps: Steps) -> dict[str, float]:
         """Returns `rollout/*` metrics of all that is known before the update, weighted as the loss is."""
         micro_batches = everything(steps)
         metrics: dict[str, float] = {}
         if self.algorithm.compute_advantages_and_returns:
             scores_R = attach_advantages(batch, micro_batches, self.backend, self.algorithm)
             metrics["rollout/rewards"] = float(scores_R.mean())
+        postprocess(self.algorithm, rollout_id, micro_batches)
         return metrics | self._means(micro_batches, len(steps))
 
     def _means(self, batches: list[PackedBatch], num_steps: int) -> dict[str, float]:

@@ -255,6 +255,7 @@ def test_a_postprocess_of_the_rollout_data_changes_what_is_trained_on(
     common: dict[str, Any] = {"micro_batch_size": 3, "num_steps_per_rollout": 1} | STEADY
     plain, _ = train(model, tmp_path, batch, **common)
     double, _ = train(model, tmp_path, batch, rollout_data_postprocess_path=f"{plugins}.twofold", **common)
+    assert double["rollout/advantages"] == pytest.approx(2 * plain["rollout/advantages"], rel=1e-5)
     assert double["train/grad_norm"] == pytest.approx(2 * plain["train/grad_norm"], rel=1e-4)
     with pytest.raises(ValueError, match=r"too_few: rollout_data\['advantages'\] must have one value a response token"):
         train(model, tmp_path, batch, rollout_data_postprocess_path=f"{plugins}.too_few", **common)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.cpu.helpers.runs import Run, Starter
+from tests.e2e.cpu.helpers.runs import ENGINE, Run, Starter
 
 pytestmark = pytest.mark.slow
 
@@ -114,3 +115,18 @@ def test_a_partial_rollout_with_every_hook_goes_on_after_a_resume(start: Starter
     assert "rollout/raw_reward" not in first.metrics()[1]
     assert not any(first.metrics("eval/step"))
     start.runs[-1].leaves_nothing()
+
+
+def test_an_engine_killed_between_partial_rollouts_costs_no_sample(start: Starter) -> None:
+    (start.folder / "my.py").write_text(PLUGIN)
+    run = start(
+        *("--over-sampling-batch-size", "4", "--partial-rollout", "--num-rollout", "4"),
+        *("--custom-generate-function-path", "my.long_or_short", "--custom-rm-path", "my.reward"),
+        *("--rollout-max-response-len", "150"),
+    ).reaches("record_000000.json")
+    run.the_process(ENGINE).send_signal(signal.SIGKILL)
+    run.succeeds()
+    samples = samples_of(run, 4)
+    assert len(samples) == len({sample["index"] for sample in samples}) == 32
+    assert {len(sample["rollout_log_probs"]) for sample in samples} == {4, 150}
+    assert (run.run_dir / "logs" / "engine_0_start_2.log").is_file()
