@@ -14,6 +14,7 @@ from slime.utils.types import Sample
 logger = logging.getLogger(__name__)
 
 AGAIN_S = 0.5  # a request that was on its way, or a next turn, arrives after the engines were told
+SCORING_S = 1.0  # for rewards that are nearly there: a synchronous one that is cancelled costs its process
 ANSWER_S = 10.0  # for one answer of router or engine
 NOT_FOUND = 404
 
@@ -26,17 +27,18 @@ async def abort(args: Any, rollout_id: int | None, *, state: GenerateState) -> l
     prompt. Ends every request at the engines, whoever sent it. Raises TimeoutError if a task ignores being cancelled.
     """
     state.is_aborted = True
-    for task in list(state.scoring):
-        task.cancel()
     started, patience_s = time.monotonic(), args.rollout_abort_timeout_s
     pending = set(state.pendings)
     while pending:
         await _abort_engines(args)
         _, pending = await asyncio.wait(pending, timeout=min(AGAIN_S, patience_s))
         waited_s = time.monotonic() - started
+        if waited_s > SCORING_S:
+            for task in list(state.scoring):
+                task.cancel()
         if pending and waited_s > patience_s:
             _cancel_generation(state, rollout_id)
-        if pending and waited_s > 2 * patience_s:
+        if pending and waited_s > SCORING_S + 2 * patience_s:
             raise TimeoutError(
                 f"{len(pending)} groups of rollout {rollout_id} do not end, {waited_s:.0f} s after they were told to: "
                 "a plug-in holds them and ignores being cancelled"

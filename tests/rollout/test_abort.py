@@ -12,6 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from slime.rollout.abort import abort
+from slime.rollout.state import GenerateState
 from slime.utils.http_utils import close, find_free_port
 from slime.utils.types import Sample
 
@@ -69,6 +70,27 @@ async def test_every_engine_is_told_with_the_key_though_another_one_is_dead() ->
     assert [group[0].index for group in groups] == [2, 1, 0]  # by place
     assert state.is_aborted
     assert not state.pendings
+
+
+async def test_a_reward_that_is_nearly_there_is_waited_for_and_another_one_is_not() -> None:
+    wire = Wire()
+    async with TestServer(wire.app()) as server:
+        state = GenerateState.__new__(GenerateState)
+        state.is_aborted, state.generating, state.scoring = False, set(), set()
+
+        async def scored_when(event: asyncio.Event) -> list[Sample]:
+            sample = Sample()
+            with state.interruptible(state.scoring):
+                await event.wait()
+                sample.reward = 1.0
+            return [sample]
+
+        events = [wire.ended, asyncio.Event()]
+        state.pendings = {asyncio.create_task(scored_when(event)): place for place, event in enumerate(events)}
+        await asyncio.sleep(0)
+        groups = await abort(settings(server), 0, state=state)
+        await close()
+    assert [group[0].reward for group in groups] == [1.0, None]
 
 
 async def test_a_plug_in_that_ignores_being_cancelled_is_an_error_and_no_hang() -> None:
