@@ -99,5 +99,6 @@ def test_an_engine_without_work_is_not_stuck_however_long_it_waits(tiny_model: P
 
 def test_a_step_takes_the_time_that_was_asked_for(tiny_model: Path) -> None:
     with running_engine(tiny_model, "--num-threads", "1", "--min-step-ms", "40") as engine:
-        answer = engine.generate(input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 10, "ignore_eos": True})
-    assert answer["meta_info"]["e2e_latency"] >= 0.4
+        start = time.monotonic()
+        engine.generate(input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 10, "ignore_eos": True})
+        assert time.monotonic() - start >= 0.4

@@ -65,8 +65,7 @@ def test_what_stands_at_masked_tokens_reaches_neither_loss_nor_gradient(
 ) -> None:
     entropy = torch.tensor([1.0, 2.0, 1.5, 1.0, 0.5])
     expected_gradient, expected = run(make_batch(), LOG_PROBS, entropy, **settings)
-    inputs = {"log_probs": LOG_PROBS.clone(), "entropy": entropy.clone(), **vars(make_batch())}
-    values = inputs[where].clone()
+    values = {**vars(make_batch()), "log_probs": LOG_PROBS, "entropy": entropy}[where].clone()
     values[torch.tensor(MASK) == 0] = bad
     batch = make_batch(**({where: values} if where in vars(make_batch()) else {}))
     gradient, metrics = run(
