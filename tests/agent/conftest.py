@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from helpers.embedded_engine import EngineUnderTest, running_engine
+from helpers.settings import run_args
 from helpers.tiny_models import make_tiny_model
 
-from slime.arguments import Args, parse_args
+from slime.arguments import Args
 from slime.utils.async_utils import run
 from slime.utils.http_utils import close
 
@@ -35,17 +36,7 @@ def make_args(model: Path, tmp_path: Path) -> MakeArgs:
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"input": [{"role": "user", "content": "2+3=?"}]}) + "\n")
 
     def make(*flags: str) -> Args:
-        base = {
-            "--train-backend": "fsdp",
-            "--hf-checkpoint": str(model),
-            "--prompt-data": str(tmp_path / "prompts.jsonl"),
-            "--rm-type": "random",
-            "--rollout-batch-size": "1",
-            "--n-samples-per-prompt": "2",
-            "--num-rollout": "1",
-            "--rollout-max-response-len": "64",
-            "--actor-num-gpus-per-node": "1",
-        }
-        return parse_args([part for item in base.items() for part in item] + ["--colocate", *flags])
+        base = {"--rollout-batch-size": "1", "--rollout-max-response-len": "64"}
+        return run_args(model, tmp_path / "prompts.jsonl", base, "--colocate", *flags)
 
     return make

@@ -12,9 +12,10 @@ from urllib.parse import urlparse
 
 import pytest
 from helpers.embedded_engine import EngineUnderTest, running_engine
+from helpers.settings import run_args
 from helpers.tiny_models import make_tiny_model
 
-from slime.arguments import Args, parse_args
+from slime.arguments import Args
 from slime.config.base import ConfigError
 from slime.rollout.base_types import RolloutFnTrainOutput
 from slime.rollout.data_source import RolloutDataSource, RolloutDataSourceWithBuffer
@@ -51,21 +52,13 @@ def make_args(model: Path, engine: EngineUnderTest, tmp_path: Path) -> MakeArgs:
 
     def make(*flags: str) -> Args:
         base = {
-            "--train-backend": "fsdp",
-            "--hf-checkpoint": str(model),
-            "--prompt-data": str(tmp_path / "prompts.jsonl"),
-            "--rm-type": "random",
-            "--rollout-batch-size": "2",
-            "--n-samples-per-prompt": "2",
-            "--num-rollout": "1",
-            "--actor-num-gpus-per-node": "1",
             "--custom-generate-function-path": f"{__name__}.long_or_short",
             "--sglang-router-ip": str(url.hostname),
             "--sglang-router-port": str(url.port),
             "--save": str(tmp_path),
             "--load": str(tmp_path),
         }
-        return parse_args([part for item in base.items() for part in item] + ["--colocate", *flags])
+        return run_args(model, tmp_path / "prompts.jsonl", base, "--colocate", *flags)
 
     return make
 

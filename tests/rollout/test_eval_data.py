@@ -10,9 +10,10 @@ from urllib.parse import urlparse
 
 import pytest
 from helpers.embedded_engine import EngineUnderTest, running_engine
+from helpers.settings import run_args
 from helpers.tiny_models import make_tiny_model
 
-from slime.arguments import Args, parse_args
+from slime.arguments import Args
 from slime.cli.dry_run import plan
 from slime.cli.preflight import preflight
 from slime.observability.metrics import eval_metrics
@@ -50,21 +51,13 @@ def make_args(model: Path, tmp_path: Path) -> MakeArgs:
         content = {"eval": {"defaults": defaults or {}, "datasets": [{"path": str(prompts)} | entry for entry in sets]}}
         (tmp_path / "sets.yaml").write_text(json.dumps(content))  # JSON is YAML
         base = {
-            "--train-backend": "fsdp",
-            "--hf-checkpoint": str(model),
-            "--prompt-data": str(prompts),
             "--label-key": "label",
-            "--rm-type": "random",
-            "--rollout-batch-size": "2",
-            "--n-samples-per-prompt": "2",
-            "--num-rollout": "1",
-            "--actor-num-gpus-per-node": "1",
             "--rollout-max-response-len": "8",
             "--eval-interval": "1",
             "--eval-config": str(tmp_path / "sets.yaml"),
             "--run-dir": str(tmp_path / "run"),
         }
-        return parse_args([part for item in base.items() for part in item] + ["--colocate", *flags])
+        return run_args(model, prompts, base, "--colocate", *flags)
 
     return make
 

@@ -12,9 +12,10 @@ from urllib.parse import urlparse
 
 import pytest
 from helpers.embedded_engine import EngineUnderTest, running_engine
+from helpers.settings import run_args
 from helpers.tiny_models import make_tiny_model
 
-from slime.arguments import Args, parse_args
+from slime.arguments import Args
 from slime.rollout.data_source import RolloutDataSource, RolloutDataSourceWithBuffer
 from slime.rollout.fully_async_rollout import generate_rollout_fully_async as generate_rollout
 from slime.rollout.fully_async_rollout import stop
@@ -42,20 +43,13 @@ def make_args(model: Path, tmp_path: Path) -> MakeArgs:
 
     def make(generation: str, *flags: str) -> Args:
         base = {
-            "--train-backend": "fsdp",
-            "--hf-checkpoint": str(model),
-            "--prompt-data": str(tmp_path / "prompts.jsonl"),
             "--label-key": "label",
-            "--rm-type": "random",
-            "--rollout-batch-size": "2",
-            "--n-samples-per-prompt": "2",
             "--num-rollout": "4",
-            "--actor-num-gpus-per-node": "1",
             "--rollout-num-gpus": "1",
             "--custom-generate-function-path": f"{__name__}.{generation}",
             "--save": str(tmp_path / "ckpt"),
         }
-        return parse_args([part for item in base.items() for part in item] + list(flags))
+        return run_args(model, tmp_path / "prompts.jsonl", base, *flags)
 
     return make
 

@@ -15,9 +15,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from helpers.embedded_engine import EngineUnderTest, running_engine
+from helpers.settings import run_args
 from helpers.tiny_models import make_tiny_model
 
-from slime.arguments import Args, parse_args
+from slime.arguments import Args
 from slime.observability.metrics import eval_metrics
 from slime.rollout.data_source import RolloutDataSource
 from slime.rollout.sglang_rollout import (
@@ -54,18 +55,8 @@ def make_args(model: Path, tmp_path: Path) -> MakeArgs:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(*flags: str) -> Args:
-        base = {
-            "--train-backend": "fsdp",
-            "--hf-checkpoint": str(model),
-            "--prompt-data": str(tmp_path / "prompts.jsonl"),
-            "--label-key": "label",
-            "--rm-type": "random",
-            "--rollout-batch-size": "4",
-            "--n-samples-per-prompt": "2",
-            "--num-rollout": "1",
-            "--actor-num-gpus-per-node": "1",
-        }
-        return parse_args([part for item in base.items() for part in item] + ["--colocate", *flags])
+        base = {"--label-key": "label", "--rollout-batch-size": "4"}
+        return run_args(model, tmp_path / "prompts.jsonl", base, "--colocate", *flags)
 
     return make
 
