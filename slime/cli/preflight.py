@@ -69,6 +69,7 @@ def preflight(args: Args) -> Findings:
             raise ConfigError(f"{flag_of(name)}: there is no directory {directory}.")
     if args.load is not None:
         _check_checkpoint(args.load, args.ckpt_step)
+    _check_dump(args)
     if args.sglang_router_ip is not None and not args.debug_train_only:
         asyncio.run(_check_router(f"http://{args.sglang_router_ip}:{args.sglang_router_port}"))
     return Findings(model, num_prompts, eval_sizes)
@@ -100,6 +101,15 @@ def _check_plugin(name: str, path: str | None, args: Args) -> None:
 
 
 # --- data
+
+
+def _check_dump(args: Args) -> None:
+    """The first rollout of --load-debug-rollout-data, unless only a checkpoint says which it is."""
+    from slime.rollout.debug_data import existing_dump
+
+    first = args.start_rollout_id if args.start_rollout_id is not None or args.load is not None else 0
+    if args.load_debug_rollout_data is not None and first is not None:
+        existing_dump(args.load_debug_rollout_data, first)
 
 
 class Purpose(NamedTuple):

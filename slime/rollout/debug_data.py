@@ -31,11 +31,17 @@ def save_rollout(template: str, rollout_id: int, groups: Groups, *, weight_versi
     return path
 
 
-def load_rollout(template: str, rollout_id: int) -> Groups:
-    """The groups that `save_rollout` wrote. Raises ValueError where the file is missing or holds something else."""
+def existing_dump(template: str, rollout_id: int) -> Path:
+    """As `dump_path`. Raises ValueError where there is no such file."""
     path = dump_path(template, rollout_id)
     if not path.is_file():
         raise ValueError(f"--load-debug-rollout-data: there is no file {path} for rollout {rollout_id}")
+    return path
+
+
+def load_rollout(template: str, rollout_id: int) -> Groups:
+    """The groups that `save_rollout` wrote. Raises ValueError where the file is missing or holds something else."""
+    path = existing_dump(template, rollout_id)
     state = read_state(path)
     if "groups" not in state:
         raise ValueError(f"--load-debug-rollout-data: {path} has no groups of samples")

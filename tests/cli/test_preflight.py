@@ -128,6 +128,15 @@ def test_a_model_that_is_not_there_is_named_with_its_flag(make_args: MakeArgs, f
         preflight(make_args([ROW], "--rm-type", "random", *flags))
 
 
+@pytest.mark.parametrize(("flags", "number"), [([], 0), (["--start-rollout-id", "3", "--num-rollout", "4"], 3)])
+def test_a_rollout_that_was_not_dumped_is_named_before_anything_starts(
+    make_args: MakeArgs, tmp_path: Path, flags: list[str], number: int
+) -> None:
+    args = make_args([ROW], "--load-debug-rollout-data", str(tmp_path / "{rollout_id}.json"), *flags)
+    with pytest.raises(ValueError, match=rf"there is no file .*/{number}\.json for rollout {number}"):
+        preflight(args)
+
+
 def test_an_estimator_that_does_not_import_is_refused(make_args: MakeArgs) -> None:
     with pytest.raises(ValueError, match="--advantage-estimator: plug-in 'my_algo.ESTIMATOR': cannot import 'my_algo'"):
         preflight(make_args([ROW], "--rm-type", "random", "--advantage-estimator", "my_algo.ESTIMATOR"))
