@@ -20,7 +20,7 @@ class OptimizerConfig(Group):
     log_probs_max_tokens_per_gpu: int | None = arg(None, "The same where no gradient is taken (default: the same).")
     balance_data: bool = arg(True, "Share samples among ranks by cost, the quadratic part of attention included.")
     log_probs_chunk_size: int = arg(
-        1024, "Tokens whose logits are held at once; memory is this x vocabulary x 4 bytes."
+        512, "Tokens whose logits are held at once; memory is this x vocabulary x 10 bytes."
     )
     optimizer: Literal["adam"] = arg("adam", "AdamW.")
     lr: float = arg(1e-6, "Learning rate.")

@@ -19,5 +19,9 @@ class FSDPConfig(Group):
         True, "Compute a prompt once for the samples of a micro-batch that share it (with packed attention)."
     )
     gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass.")
+    torch_compile: bool | None = arg(
+        None,
+        "Compile each layer with torch.compile; the first step takes some 15 s more (default: on GPUs).",
+    )
     bf16: bool | None = arg(None, "Compute in bfloat16, weights in float32 (default: on GPUs).")
     deterministic_mode: bool = arg(False, "Deterministic kernels only.")

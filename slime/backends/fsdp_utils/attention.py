@@ -7,6 +7,7 @@ are padded on the right and run as one causal batch: under a causal mask what st
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -80,6 +81,7 @@ def _buckets(lengths: Tensor) -> list[Bucket]:
     return buckets
 
 
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -150,12 +152,14 @@ def _varlen(
     sharing = packing.sharing
     if sharing is not None:
         q, k, v = (tensor.index_select(0, sharing.place) for tensor in (q, k, v))  # [N, heads, D]
-    if q.shape[1] != k.shape[1]:  # torch 2.11 takes no grouped heads
-        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    # torch 2.11 takes grouped heads as they come, later versions want to be told.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     longest = max(packing.sequence_lengths)
     cu_seqlens = packing.cu_seqlens
-    left = -1 if window is None else window - 1
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0))
+    window_size = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=window_size, **grouped
+    )
     return cast(Tensor, out if sharing is None else out[sharing.first])[None]
 
 

@@ -23,13 +23,16 @@ from slime.backends.fsdp_utils.lr_schedule import learning_rate
 from slime.backends.fsdp_utils.model import (
     TokenModel,
     checkpoint_dtype,
+    compile_each,
     compute_dtype,
     decoder_layers,
     empty_like,
     enable_gradient_checkpointing,
     load_causal_lm,
     shard,
+    wants_compilation,
 )
+from slime.backends.fsdp_utils.offload import HostCopy
 from slime.backends.fsdp_utils.sources import Source
 from slime.backends.fsdp_utils.value_model import ValueModel, shard_critic
 from slime.config.run import RunConfig
@@ -71,6 +74,7 @@ class FSDPBackend:
         self.copies: set[ModelTag] = set()  # models that moved since they were loaded: a checkpoint holds them too
         self.export_dtype = checkpoint_dtype(run.hf_checkpoint, trust_remote_code=run.trust_remote_code)
         self.num_steps = 0
+        self.host_copy = HostCopy()
         torch.use_deterministic_algorithms(fsdp.deterministic_mode)
 
     # --- life-cycle
@@ -103,6 +107,8 @@ class FSDPBackend:
         if tag == self.role and self.fsdp.gradient_checkpointing:
             enable_gradient_checkpointing(lm)
         layers = decoder_layers(lm)
+        if wants_compilation(self.fsdp.torch_compile, self.device):
+            compile_each(layers)
         compute = compute_dtype(self.fsdp.bf16, self.device)
         if tag == "critic":
             critic = ValueModel(lm, share_prompts=self.fsdp.share_prompts).to(self.device)
@@ -160,22 +166,21 @@ class FSDPBackend:
         checkpoint.save(self.run.save, meta, self.models[self.role], optimizer, copies=copies)
 
     def sleep(self) -> None:
-        """Parameters, gradients and optimizer to host memory; on a CPU they are there already."""
+        """Parameters and optimizer to host memory; on a CPU they are there already. No gradient outlives a step."""
         if self.device.type == "cuda":
-            self._move(torch.device("cpu"))
+            num_bytes = self.host_copy.store(self._tensors())
             torch.cuda.empty_cache()
+            left = torch.cuda.memory_allocated(self.device)
+            logger.info("asleep: %.2f GiB on the host, %.2f GiB left on the GPU", num_bytes / 2**30, left / 2**30)
 
     def wake_up(self) -> None:
-        if self.device.type == "cuda":
-            self._move(self.device)
+        self.host_copy.restore()
 
-    def _move(self, device: torch.device) -> None:
+    def _tensors(self) -> Iterator[Tensor]:
         for model in self.models.values():
-            model.to(device)
+            yield from itertools.chain(model.parameters(), model.buffers())
         for state in self.optimizer.state.values():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.ndim > 0:
-                    state[name] = value.to(device)
+            yield from (value for value in state.values() if isinstance(value, Tensor))
 
     # --- forward and backward
 

@@ -6,6 +6,8 @@ Shapes: N packed tokens, T response tokens, C tokens of one chunk, V vocabulary,
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,12 +18,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from slime.backends.fsdp_utils import attention
 from slime.backends.fsdp_utils.prompt_sharing import shared_prompts
+from slime.backends.fsdp_utils.target_log_probs import LogitRule, target_log_probs
 from slime.data.packed import PackedBatch
 from slime.training.backend import TokenOutputs, Wants
 
@@ -38,39 +40,27 @@ class TokenModel(nn.Module):
         share_prompts: compute equal prompts of a pack once, where attention is ours.
         """
         super().__init__()
+        if not isinstance(lm.get_output_embeddings(), nn.Linear):
+            raise ValueError(f"{type(lm).__name__} has no linear output head; the FSDP backend cannot train it")
         self.lm = lm
-        self.temperature = temperature
-        self.chunk_size = chunk_size
+        self.rule = LogitRule(temperature, _logit_softcap(lm), chunk_size)
         self.share_prompts = share_prompts
-        self.softcap: float | None = _logit_softcap(lm)
 
     def forward(self, batch: PackedBatch, wants: Wants) -> TokenOutputs:
         """Outputs [T] for `batch`, which lies on the model's device."""
         hidden_T = target_hidden(self.lm.get_decoder(), batch, share_prompts=self.share_prompts)
-        logits_TV = self._logits(hidden_T) if wants.logits else None
-        if logits_TV is not None:
-            chunks = [_of_targets(logits_TV, batch.targets, wants.entropy)]
-        else:
-            parts = zip(hidden_T.split(self.chunk_size), batch.targets.split(self.chunk_size), strict=True)
-            chunks = [self._chunk(hidden_C, targets_C, wants.entropy) for hidden_C, targets_C in parts]
-        log_probs_T, entropy_T = (torch.cat(values) for values in zip(*chunks, strict=True))
-        return TokenOutputs(log_probs_T, entropy_T if wants.entropy else None, logits=logits_TV)
+        head = cast(nn.Linear, self.lm.get_output_embeddings())
+        if wants.logits:
+            logits_TV = self._logits(head(hidden_T).float())
+            log_probs_T, entropy_T = _of_targets(logits_TV, batch.targets, wants.entropy)
+            return TokenOutputs(log_probs_T, entropy_T, logits=logits_TV)
+        log_probs_T, entropy_T = target_log_probs(hidden_T, head, batch.targets, self.rule, entropy=wants.entropy)
+        return TokenOutputs(log_probs_T, entropy_T)
 
-    def _chunk(self, hidden_C: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-        """Log-probs [C] and entropy [C] (empty unless wanted); logits are computed again in the backward."""
-        if torch.is_grad_enabled() and hidden_C.requires_grad:
-            return checkpoint(self._log_probs, hidden_C, targets_C, entropy, use_reentrant=False)
-        return self._log_probs(hidden_C, targets_C, entropy)
-
-    def _log_probs(self, hidden_C: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-        return _of_targets(self._logits(hidden_C), targets_C, entropy)
-
-    def _logits(self, hidden_C: Tensor) -> Tensor:
-        """float32 [C, V], at the temperature."""
-        logits_CV = self.lm.get_output_embeddings()(hidden_C).float()
-        if self.softcap is not None:
-            logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
-        return logits_CV if self.temperature == 1.0 else logits_CV / self.temperature
+    def _logits(self, logits_TV: Tensor) -> Tensor:
+        if self.rule.softcap is not None:
+            logits_TV = self.rule.softcap * torch.tanh(logits_TV / self.rule.softcap)
+        return logits_TV if self.rule.temperature == 1.0 else logits_TV / self.rule.temperature
 
 
 def target_hidden(decoder: nn.Module, batch: PackedBatch, *, share_prompts: bool) -> Tensor:
@@ -94,12 +84,11 @@ def target_hidden(decoder: nn.Module, batch: PackedBatch, *, share_prompts: bool
     return cast(Tensor, output.last_hidden_state)[0].index_select(0, source_T)
 
 
-def _of_targets(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-    """Log-probs [C] of the targets and entropy [C], empty unless wanted."""
-    log_probs_CV = logits_CV.log_softmax(-1)
-    log_probs_C = log_probs_CV.gather(-1, targets_C[:, None])[:, 0]
-    entropy_C = -(log_probs_CV.exp() * log_probs_CV).sum(-1) if entropy else log_probs_C.new_empty(0)
-    return log_probs_C, entropy_C
+def _of_targets(logits_TV: Tensor, targets_T: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-probs [T] of the targets, and entropy [T] where it is wanted."""
+    log_probs_TV = logits_TV.log_softmax(-1)
+    log_probs_T = log_probs_TV.gather(-1, targets_T[:, None])[:, 0]
+    return log_probs_T, -(log_probs_TV.exp() * log_probs_TV).sum(-1) if entropy else None
 
 
 def _logit_softcap(lm: PreTrainedModel) -> float | None:
@@ -174,6 +163,19 @@ def shard(model: nn.Module, layers: list[nn.Module], *, mesh: DeviceMesh, comput
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def wants_compilation(torch_compile: bool | None, device: torch.device) -> bool:
+    """Whether layers are compiled: where asked for, by default on GPUs where a C compiler is found."""
+    has_compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    return (device.type == "cuda" and has_compiler) if torch_compile is None else torch_compile
+
+
+def compile_each(layers: list[nn.Module]) -> None:
+    """torch.compile of each layer, for packs of any length. Attention stays as it is: its kernel is one already."""
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def enable_gradient_checkpointing(lm: PreTrainedModel) -> None:

@@ -177,3 +177,25 @@ def test_a_checkpoint_of_a_gpu_loads_again(nccl_world: None, model: Path, tmp_pa
     assert again.load() == 1
     for (name, saved), (_, loaded) in zip(backend.hf_tensors(), again.hf_tensors(), strict=True):
         assert torch.equal(saved, loaded), name
+
+
+@pytest.mark.parametrize("recompute", [[], ["--gradient-checkpointing"]])
+def test_compiled_layers_train_as_plain_ones(
+    nccl_world: None, model: Path, tmp_path: Path, recompute: list[str]
+) -> None:
+    metrics = []
+    for flag in ("--no-torch-compile", "--torch-compile"):
+        _, recipe = build(settings(model, "--no-bf16", flag, *recompute), tmp_path)
+        metrics.append([recipe.train(step, rollout()) for step in range(3)])
+    for plain, compiled in zip(*metrics, strict=True):
+        assert compiled["train/loss"] == pytest.approx(plain["train/loss"], abs=1e-5)
+        assert compiled["train/grad_norm"] == pytest.approx(plain["train/grad_norm"], rel=1e-4)
+
+
+def test_asleep_nothing_but_what_kernels_keep_is_left_on_the_gpu(nccl_world: None, model: Path, tmp_path: Path) -> None:
+    backend, recipe = build(settings(model), tmp_path)
+    recipe.train(0, rollout())
+    others = torch.cuda.memory_allocated() - sum(tensor.nbytes for tensor in backend._tensors() if tensor.is_cuda)
+    backend.sleep()
+    assert torch.cuda.memory_allocated() <= others + 1024
+    backend.wake_up()

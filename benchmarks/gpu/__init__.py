@@ -1,0 +1,1 @@
+"""What is measured on a GPU host; every table states its limit beside it."""
