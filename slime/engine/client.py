@@ -54,6 +54,15 @@ class EngineClient:
         payload = {"model_path": directory, "weight_version": str(version), "flush_cache": True}
         await self._call("update_weights_from_disk", payload, timeout_s=timeout_s)
 
+    async def update_weights_from_tensor(self, payloads: list[str], *, version: int | None, timeout_s: float) -> None:
+        """Take one bucket of tensors, given as a pickle for each part of the engine; version: with the last bucket.
+
+        The last one also forgets all cached prefixes.
+        """
+        payload = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket"}
+        end = {"flush_cache": version is not None} | ({} if version is None else {"weight_version": str(version)})
+        await self._call("update_weights_from_tensor", payload | end, timeout_s=timeout_s)
+
     async def release_memory(self, tags: list[str]) -> None:
         """Give up the memory of "weights" and, or, "kv_cache"."""
         await self._call("release_memory_occupation", {"tags": tags})

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from slime.training.backend import TrainBackend
+    from slime.weight_sync.update import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,9 @@ _PHASES: dict[Role, str] = {"actor": "train", "critic": "critic"}
 
 
 class SendReport(NamedTuple):
-    """directory: where the version lies. failed: addresses of engines that did not take it."""
+    """directory: where the version lies, if in a file. failed: addresses of engines that did not take it."""
 
-    directory: str
+    directory: str | None
     failed: list[str]
 
 
@@ -101,14 +102,13 @@ class TrainActor:
         if self.role == "critic":
             self._open_critic()
         else:
-            self._open_actor(Path(weights_dir))
+            self._open_actor(Path(weights_dir), device)
         first_rollout_id = self.backend.load()
         self._begin_wait(first_rollout_id)
         return first_rollout_id
 
-    def _open_actor(self, weights_dir: Path) -> None:
+    def _open_actor(self, weights_dir: Path, device: torch.device) -> None:
         from slime.training.recipe import Recipe
-        from slime.weight_sync.disk import DiskTransport
 
         self._model_config = json.loads((Path(self.args.hf_checkpoint) / "config.json").read_text())
         dump_dir = self.run_dir / "skipped_steps"
@@ -120,7 +120,19 @@ class TrainActor:
             phase=self.timer.phase,
             train_dump=self.args.save_debug_train_data,
         )
-        self.transport = DiskTransport(weights_dir, assets=self.args.hf_checkpoint, is_writer=self.is_reporter)
+        self.transport = self._transport(weights_dir, device)
+
+    def _transport(self, weights_dir: Path, device: torch.device) -> Transport:
+        from slime.weight_sync.disk import DiskTransport
+        from slime.weight_sync.tensor import TensorTransport
+
+        if self.args.update_weight_transport == "tensor":
+            if device.type != "cuda":
+                raise ValueError("--update-weight-transport tensor shares memory of GPUs, and there is none: use disk")
+            size = self.args.rollout_num_gpus_per_engine
+            buffer_size = self.args.update_weight_buffer_size
+            return TensorTransport(rank=self.rank, ranks_per_engine=size, bucket_bytes=buffer_size)
+        return DiskTransport(weights_dir, assets=self.args.hf_checkpoint, is_writer=self.is_reporter)
 
     def _open_critic(self) -> None:
         from slime.training.critic import CriticRecipe
@@ -192,10 +204,12 @@ class TrainActor:
             version=version,
             timeout_s=self.args.weight_sync_timeout_s / 2,  # before the driver's, so that a lost engine is told to it
             check_equal=self.args.check_weight_update_equal,
+            is_reporter=self.is_reporter,
         )
         if self.args.keep_old_actor:
             self.backend.copy_weights("actor", "old_actor")
-        return SendReport(str(self.transport.path_of(version).resolve()), failed)
+        path = self.transport.path_of(version)
+        return SendReport(None if path is None else str(path.resolve()), failed)
 
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint."""

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -21,9 +22,14 @@ def _background_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def submit(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+    """Begins `coroutine` in the process's background event loop."""
+    return asyncio.run_coroutine_threadsafe(coroutine, _background_loop())
+
+
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """The result of `coroutine`, run in the process's background event loop; KeyboardInterrupt cancels it."""
-    future = asyncio.run_coroutine_threadsafe(coroutine, _background_loop())
+    future = submit(coroutine)
     try:
         return future.result()
     except BaseException:

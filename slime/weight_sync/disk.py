@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from slime.engine.client import EngineClient
 from slime.utils.files import fsync_tree
+from slime.weight_sync.engine_calls import EngineCalls
 
 SHARD_BYTES = 4 * 2**30
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", "*.gguf", "*.msgpack", "*.h5")
@@ -97,10 +99,22 @@ class DiskTransport:
         write_hf_directory(tensors, path, assets=self.assets, is_writer=self.is_writer)
         return path
 
-    async def load_into(self, engine: EngineClient, version: int, *, timeout_s: float) -> None:
-        """Have an engine take the version. Raises HTTPError, EngineError."""
-        path = str(self.path_of(version).resolve())
-        await engine.update_weights_from_disk(path, version=version, timeout_s=timeout_s)
+    def send(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        engines: Sequence[EngineClient | None],
+        version: int,
+        timeout_s: float,
+    ) -> list[EngineClient]:
+        """Write the version, have the engines load it, delete older ones. As `Transport.send`; the writer's result."""
+        path = str(self.write(tensors, version).resolve())
+        if not self.is_writer:
+            return []
+        calls = EngineCalls([engine for engine in engines if engine is not None], timeout_s)
+        calls.make(partial(_update, path=path, version=version, timeout_s=timeout_s))
+        lost = calls.result()
+        self.delete_before(version)
+        return lost
 
     def delete_before(self, version: int) -> None:
         """Delete every version older than `version`."""
@@ -108,3 +122,9 @@ class DiskTransport:
         for path in self.directory.glob("v*"):
             if path.name < newest:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+async def _update(engine: EngineClient, *, path: str, version: int, timeout_s: float) -> None:
+    await engine.pause()
+    await engine.update_weights_from_disk(path, version=version, timeout_s=timeout_s)
+    await engine.resume()

@@ -2,69 +2,65 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from slime.engine.client import EngineClient
 from slime.utils.async_utils import run
 from slime.utils.checksum import tensor_checksum
-from slime.utils.http_utils import HTTPError
-from slime.weight_sync.disk import DiskTransport
 
 
 class WeightMismatch(RuntimeError):
     """An engine holds other weights than were sent."""
 
 
+class Transport(Protocol):
+    """How weights reach engines."""
+
+    def send(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        engines: Sequence[EngineClient | None],
+        version: int,
+        timeout_s: float,
+    ) -> list[EngineClient]:
+        """Bring every engine to `version`, paused meanwhile. A collective among trainers; None stands for a lost one.
+
+        Returns, to the reporter at least, the engines that could not be reached or hang. Raises EngineError or
+        HTTPError where an engine refuses the weights, once no rank waits for another.
+        """
+        ...
+
+    def path_of(self, version: int) -> Path | None:
+        """A directory to start an engine from, if there is one."""
+        ...
+
+
 def send_weights(
     tensors: Iterable[tuple[str, Tensor]],
-    transport: DiskTransport,
-    engines: Sequence[EngineClient],
+    transport: Transport,
+    engines: Sequence[EngineClient | None],
     *,
     version: int,
     timeout_s: float,
     check_equal: bool,
+    is_reporter: bool,
 ) -> list[str]:
-    """Bring every engine to `version`. A collective among trainers; the transport's writer talks to the engines.
+    """Bring every engine to `version`. A collective among trainers.
 
-    tensors: full tensors under Hugging Face names. timeout_s: for one engine to take them. check_equal: compare
-    checksums of all tensors afterwards. Returns the addresses of engines that could not be reached or hang: they are to
-    be restarted from the version's directory.
+    tensors: full tensors under Hugging Face names. timeout_s: for one call of one engine. check_equal: the reporter
+    compares checksums of all tensors afterwards. Returns the addresses of engines that were lost: to be started anew.
     Raises EngineError where an engine refuses the weights, WeightMismatch naming engine and tensor.
     """
     checksums: dict[str, str] = {}
-    source = _with_checksums(tensors, checksums) if check_equal else tensors
-    transport.write(source, version)
-    if not transport.is_writer:
-        return []
-    lost = run(_update_all(transport, engines, version, timeout_s))
-    if check_equal:
-        run(_compare([engine for engine in engines if engine not in lost], checksums))
+    source = _with_checksums(tensors, checksums) if check_equal and is_reporter else tensors
+    lost = transport.send(source, engines, version, timeout_s)
+    if check_equal and is_reporter:
+        run(_compare([engine for engine in engines if engine is not None and engine not in lost], checksums))
     return [engine.url for engine in lost]
-
-
-async def _update_all(
-    transport: DiskTransport, engines: Sequence[EngineClient], version: int, timeout_s: float
-) -> list[EngineClient]:
-    """The engines that were lost on the way."""
-    results = await asyncio.gather(
-        *(_update(engine, transport, version, timeout_s) for engine in engines), return_exceptions=True
-    )
-    for error in results:
-        is_lost = isinstance(error, TimeoutError) or (isinstance(error, HTTPError) and error.is_lost)
-        if isinstance(error, BaseException) and not is_lost:
-            raise error
-    transport.delete_before(version)
-    return [engine for engine, error in zip(engines, results, strict=True) if error is not None]
-
-
-async def _update(engine: EngineClient, transport: DiskTransport, version: int, timeout_s: float) -> None:
-    async with asyncio.timeout(timeout_s):
-        await engine.pause()
-        await transport.load_into(engine, version, timeout_s=timeout_s)
-        await engine.resume()
 
 
 def _with_checksums(tensors: Iterable[tuple[str, Tensor]], checksums: dict[str, str]) -> Iterable[tuple[str, Tensor]]:

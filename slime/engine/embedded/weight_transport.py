@@ -9,12 +9,14 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, rendezvous
+from torch.multiprocessing import reductions
 
 from slime.engine.embedded.weights import WeightsRefused
 
@@ -59,12 +61,29 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name == "FlattenedTensorMetadata":
             return FlattenedTensorMetadata
+        if (module, name) == ("types", "SimpleNamespace"):
+            return SimpleNamespace
+        if (module, name) == ("torch.multiprocessing.reductions", "rebuild_cuda_tensor"):
+            return _rebuild_cuda_tensor
         is_safe_module = any(module == safe or module.startswith(safe + ".") for safe in SAFE_MODULES)
         if (module == "builtins" and name in SAFE_BUILTINS) or (
             is_safe_module and name not in UNSAFE_NAMES and "." not in name
         ):
             return super().find_class(module, name)
         raise WeightsRefused(f"serialized_named_tensors may hold tensors only, not {module}.{name}.")
+
+
+def _rebuild_cuda_tensor(*arguments: Any) -> Tensor:
+    """As torch's, where the GPU may also be named by its UUID: the sender may number GPUs in another way."""
+    rebuild: Any = reductions.rebuild_cuda_tensor
+    place = rebuild.__code__.co_varnames.index("storage_device")
+    device = arguments[place]
+    if isinstance(device, str):
+        uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+        if device not in uuids:
+            raise WeightsRefused(f"the tensors lie on GPU {device}, which this engine does not see.")
+        device = uuids.index(device)
+    return cast(Tensor, rebuild(*arguments[:place], device, *arguments[place + 1 :]))
 
 
 def unpack_tensors(payload: str, load_format: str | None) -> NamedTensors:
