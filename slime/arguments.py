@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from slime.backends.fsdp_utils.arguments import FSDPConfig
+from slime.backends.sglang_utils.arguments import (
+    check_flags,
+    find_sglang,
+    known_flags,
+    tensor_parallel_size,
+    value_of,
+)
 from slime.config.base import ConfigError, Group, flag_of
 from slime.config.flags import build_parser, check_value, read_config_file, settings_of, unknown_flag_error
 from slime.config.model import check_model_directory, context_length, read_model_config
@@ -21,23 +27,6 @@ from slime.config.validate import resolve, with_context
 ALL_GROUPS: tuple[type[Group], ...] = (*GROUPS, FSDPConfig)
 SECRETS = frozenset({"wandb_key", "sglang_api_key"})  # never written down or sent to a tracker
 PASS_THROUGH = {"--sglang-": "sglang_args", "--router-": "router_args"}
-
-# Engine flags that slime sets itself, with the setting to use instead.
-SGLANG_FLAGS_SET_BY_SLIME = {
-    "--model-path": "--hf-checkpoint",
-    "--tp-size": "--rollout-num-gpus-per-engine",
-    "--tensor-parallel-size": "--rollout-num-gpus-per-engine",
-    "--random-seed": "--rollout-seed",
-    "--host": None,
-    "--port": None,
-    "--nnodes": None,
-    "--node-rank": None,
-    "--dist-init-addr": None,
-    "--base-gpu-id": None,
-    "--gpu-id-step": None,
-    "--nccl-port": None,
-}
-NEARLY_THE_SAME = 0.87  # similarity from which a flag is one of the embedded engine's, misspelt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,31 +111,41 @@ def _as_tokens(flag: str, value: Any) -> list[str]:
 def _check_supported(args: Args) -> None:
     if args.train_backend == "megatron":
         raise ConfigError("--train-backend megatron is not available in this version: use --train-backend fsdp.")
-    if args.rollout_engine == "sglang":
-        raise ConfigError("--rollout-engine sglang is not available in this version: use --rollout-engine embedded.")
-    if args.rollout_num_gpus_per_engine > 1:
-        raise ConfigError(
-            f"--rollout-num-gpus-per-engine {args.rollout_num_gpus_per_engine}: the embedded engine serves one slot. "
-            "Use 1; more slots make more engines."
-        )
-    _check_sglang_args(args.sglang_args)
+    if not args.debug_train_only:
+        _check_engine(args)
     _check_router_args(args.router_args)
     check_model_directory(args.hf_checkpoint, "--hf-checkpoint")
     if args.ref_load is not None and not Path(args.ref_load).is_dir():
         raise ConfigError(f"--ref-load: there is no directory {args.ref_load}.")
 
 
-def _check_sglang_args(tokens: list[str]) -> None:
-    """Refuse engine flags that slime sets and misspelt ones; others of SGLang's pass, a warning names them later."""
-    known = _embedded_flags()
-    for name in (token.partition("=")[0] for token in tokens if token.startswith("--")):
-        if name in SGLANG_FLAGS_SET_BY_SLIME:
-            instead = SGLANG_FLAGS_SET_BY_SLIME[name]
-            advice = f"use {instead}" if instead else "drop it"
-            raise ConfigError(f"--sglang-{name[2:]} is set by slime: {advice}.")
-        near = difflib.get_close_matches(name, known, n=1, cutoff=NEARLY_THE_SAME)
-        if near and name not in known:
-            raise ConfigError(f"Unknown setting --sglang-{name[2:]}. Did you mean --sglang-{near[0][2:]}?")
+def _check_engine(args: Args) -> None:
+    """Refuse what the engine of this run cannot do, as far as that is known before the devices are."""
+    is_auto, is_sglang = args.rollout_engine == "auto", args.rollout_engine == "sglang"
+    package = find_sglang(args.sglang_python) if is_sglang or (is_auto and args.device != "cpu") else None
+    if is_sglang and package is None and _starts_engines_here(args):
+        python = args.sglang_python or sys.executable
+        raise ConfigError(f"--rollout-engine sglang: {python} has no sglang: install it, or give --sglang-python.")
+    if package is None and not is_sglang:
+        check_embedded_size(args)
+    flags = [*(() if is_sglang else _embedded_flags()), *(known_flags(package) if package else ())]
+    check_flags(args.sglang_args, flags, is_complete=package is not None)
+    tensor_parallel_size(args.sglang_args, args.rollout_num_gpus_per_engine)
+
+
+def check_embedded_size(args: Args) -> None:
+    """Raise ConfigError where the embedded engine, which serves one slot, would have several."""
+    size = args.rollout_num_gpus_per_engine
+    if size > 1:
+        raise ConfigError(
+            f"--rollout-num-gpus-per-engine {size}: the embedded engine serves one slot. Use 1 (more slots make more "
+            "engines), or --rollout-engine sglang."
+        )
+
+
+def _starts_engines_here(args: Args) -> bool:
+    """Whether engines are started in this machine, not on another node or by somebody else."""
+    return "RAY_ADDRESS" not in os.environ and args.rollout_external_engine_addrs is None
 
 
 def _embedded_flags() -> list[str]:
@@ -156,23 +155,19 @@ def _embedded_flags() -> list[str]:
 
 
 def _engine_context(args: Args) -> int | None:
-    """Tokens of prompt and response that an engine takes: --sglang-context-length, else what the model was made for."""
+    """Tokens of prompt and response that an engine takes: --sglang-context-length, else what the model was made for.
+
+    SGLang goes beyond the latter when told to.
+    """
     model_context = context_length(read_model_config(args.hf_checkpoint))
-    given = _passed_on_value(args.sglang_args, "--context-length")
+    given = value_of(args.sglang_args, "--context-length")
     if given is None:
         return model_context
     if not given.isdecimal() or int(given) == 0:
         raise ConfigError(f"--sglang-context-length must be above 0, got {given!r}.")
-    return int(given) if model_context is None else min(int(given), model_context)
-
-
-def _passed_on_value(tokens: list[str], flag: str) -> str | None:
-    """The last value of `flag` among tokens such as `--flag value` and `--flag=value`; None where it is not there."""
-    value = None
-    for token, following in pairwise([*tokens, ""]):
-        if token.partition("=")[0] == flag:
-            value = token.partition("=")[2] if "=" in token else following
-    return value
+    if model_context is None or args.rollout_engine == "sglang":
+        return int(given)
+    return min(int(given), model_context)
 
 
 def _check_router_args(tokens: list[str]) -> None:

@@ -168,7 +168,12 @@ def test_flags_become_typed_settings(base: list[str]) -> None:
         (["--num-rollout"], "Argument --num-rollout: expected one argument."),
         (["--apply-chat-template-kwargs", "{"], "not JSON: '{'"),
         (["--apply-chat-template-kwargs", "[1]"], "must be a JSON object, got '[1]'"),
-        (["--rollout-engine", "sglang"], "--rollout-engine sglang is not available in this version"),
+        (["--rollout-engine", "sglang", "--sglang-python", "/bin/true"], "sglang: /bin/true has no sglang: install it"),
+        (["--rollout-engine", "sglang", "--sglang-python", "absent"], "--sglang-python absent cannot be run"),
+        (["--no-colocate", "--rollout-external-engine-addrs", "host"], "takes HOST:PORT, got 'host'"),
+        (["--no-colocate", "--rollout-external-engine-addrs", "http://a:1"], "takes HOST:PORT, got 'http://a:1'"),
+        (["--no-colocate", "--rollout-external-engine-addrs", "a:1", "a:1"], "names an engine twice"),
+        (["--rollout-external-engine-addrs", "a:1"], "Drop --colocate"),
         (
             ["--actor-num-gpus-per-node", "2", "--rollout-num-gpus-per-engine", "2"],
             "--rollout-num-gpus-per-engine 2: the embedded engine serves one slot",
@@ -287,7 +292,7 @@ def test_engine_flags_are_passed_on_without_their_prefix(base: list[str]) -> Non
 
 
 def test_flags_that_only_sglang_knows_pass(base: list[str]) -> None:
-    names = "log-level-http tokenizer-mode max-prefill-tokens kv-cache-dtype cuda-graph-max-bs dp-size load-format"
+    names = "log-level-http tokenizer-mode max-prefill-tokens kv-cache-dtype cuda-graph-max-bs ep-size load-format"
     flags = ["--" + name for name in names.split()]
     assert parse_args([*base, *("--sglang-" + flag[2:] for flag in flags)]).sglang_args == flags
 

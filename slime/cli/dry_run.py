@@ -68,9 +68,9 @@ def _slots(args: Args) -> Iterator[tuple[str, str]]:
     if args.debug_train_only:
         yield "engines", "none (--debug-train-only)"
         return
-    num_engines = (args.rollout_num_gpus or 0) // args.rollout_num_gpus_per_engine
     where = "in the trainers' slots, in turns" if args.colocate else "in slots of their own"
-    yield "engines", f"{num_engines} x {args.rollout_num_gpus_per_engine}, {args.rollout_engine}, {where}"
+    own = f"{args.num_engines} x {args.rollout_num_gpus_per_engine}, {args.rollout_engine}, {where}"
+    yield "engines", f"{args.num_engines}, external" if args.rollout_external_engine_addrs is not None else own
     external = f"external, {args.sglang_router_ip}:{args.sglang_router_port}"
     yield "router", external if args.sglang_router_ip is not None else "sglang-router, on a free port"
     yield "weights travel by", "disk" if args.update_weight_transport == "auto" else args.update_weight_transport

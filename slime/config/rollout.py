@@ -18,7 +18,11 @@ class RolloutConfig(Group):
     hf_checkpoint: str = arg("", "Hugging Face directory: tokenizer, engine start, and the trainer's first weights.")
     trust_remote_code: bool = arg(False, "Let Python code that comes with the checkpoint run.")
     rollout_engine: Literal["auto", "sglang", "embedded"] = arg(
-        "auto", "What samples; auto is the embedded engine. sglang is not available in this version."
+        "auto", "What samples: auto is SGLang on GPUs where it is installed, else the embedded engine."
+    )
+    sglang_python: str | None = arg(None, "The Python that has SGLang (default: the one that runs slime).")
+    rollout_external_engine_addrs: list[str] | None = arg(
+        None, "HOST:PORT of engines that somebody else has started: given weights and requests, never ended."
     )
     rollout_function_path: str = arg(DEFAULT_ROLLOUT_FUNCTION, "The function that turns prompts into scored samples.")
     custom_generate_function_path: str | None = arg(None, "Replaces the generation of one sample only.")

@@ -44,6 +44,13 @@ class RunConfig(
 ):
     """One flat, frozen object of all settings; it is each of its groups."""
 
+    @property
+    def num_engines(self) -> int:
+        """Engines that sample."""
+        if self.rollout_external_engine_addrs is not None:
+            return len(self.rollout_external_engine_addrs)
+        return (self.rollout_num_gpus or 0) // self.rollout_num_gpus_per_engine
+
 
 RunT = TypeVar("RunT", bound=RunConfig)
 

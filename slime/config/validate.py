@@ -65,7 +65,11 @@ def _debug(config: RunConfig) -> dict[str, Any]:
 
 
 def _cluster(config: RunConfig) -> dict[str, Any]:
+    external = config.rollout_external_engine_addrs
     if config.debug_train_only:
+        num_slots = 0
+    elif external is not None:
+        _external_engines(config, external)
         num_slots = 0
     elif config.colocate:
         num_slots = config.num_trainers
@@ -92,6 +96,26 @@ def _cluster(config: RunConfig) -> dict[str, Any]:
         "offload_train": config.colocate if config.offload_train is None else config.offload_train,
         "offload_rollout": config.colocate if config.offload_rollout is None else config.offload_rollout,
     }
+
+
+def _external_engines(config: RunConfig, addresses: list[str]) -> None:
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        _require(
+            bool(host) and "/" not in host and port.isdecimal(),
+            f"--rollout-external-engine-addrs takes HOST:PORT, got {address!r}.",
+        )
+    _require(
+        len(set(addresses)) == len(addresses),
+        "--rollout-external-engine-addrs names an engine twice: drop one of them.",
+    )
+    _require(
+        not config.colocate,
+        "--rollout-external-engine-addrs: engines of somebody else share no slots with trainers. Drop --colocate or "
+        "--debug-rollout-only.",
+    )
+    if config.rollout_num_gpus is not None:
+        logger.warning("--rollout-num-gpus %s is ignored: all engines are external", config.rollout_num_gpus)
 
 
 def _checkpoint(config: RunConfig) -> dict[str, Any]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from slime.utils.http_utils import HTTPError, get, post
+
+IDLE_DEADLINE_S = 30.0  # for the last requests to leave an engine that gets no new ones
+IDLE_POLL_S = 0.05
 
 
 class EngineError(RuntimeError):
@@ -14,11 +19,16 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class EngineClient:
-    """One engine. url: `http://host:port`. Every call has its deadline and raises HTTPError or EngineError."""
+    """One engine. url: `http://host:port`. Every call has its deadline and raises HTTPError or EngineError.
+
+    is_sglang: it ends itself where its cache is flushed, as with every update, or its memory released, while it has
+    requests, waiting ones included. So they are ended first.
+    """
 
     url: str
     api_key: str | None = None
     timeout_s: float = 60.0
+    is_sglang: bool = False
 
     async def is_healthy(self, *, timeout_s: float) -> bool:
         """Whether /health answers in time."""
@@ -33,17 +43,28 @@ class EngineClient:
         info: dict[str, Any] = await get(f"{self.url}/model_info", timeout_s=self.timeout_s, headers=self._headers())
         return info
 
-    async def pause(self, mode: str = "retract") -> None:
-        """Stop generating; what is in flight waits (retract: and gives up its cache)."""
-        await self._call("pause_generation", {"mode": mode})
+    async def pause(self) -> None:
+        """Stop generating and take no requests up. What is in flight gives up its cache and waits.
+
+        SGLang's answers with what it has, as aborted, and whoever asked asks for the rest: within about a second.
+        """
+        await self._call("pause_generation", {"mode": "abort" if self.is_sglang else "retract"})
 
     async def resume(self) -> None:
         """Go on generating."""
         await self._call("continue_generation", {})
 
     async def flush_cache(self) -> None:
-        """Forget every cached prefix."""
-        await self._call("flush_cache", {})
+        """Forget every cached prefix, once no request is left. Raises HTTPError where one stays."""
+        deadline = time.monotonic() + IDLE_DEADLINE_S
+        while True:
+            try:
+                await self._call("flush_cache", {})
+                return
+            except HTTPError as error:
+                if error.status != 400 or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(IDLE_POLL_S)
 
     async def abort_all(self) -> None:
         """End every request; each answers with what it has."""
@@ -65,6 +86,8 @@ class EngineClient:
 
     async def release_memory(self, tags: list[str]) -> None:
         """Give up the memory of "weights" and, or, "kv_cache"."""
+        if self.is_sglang:
+            await self.flush_cache()
         await self._call("release_memory_occupation", {"tags": tags})
 
     async def resume_memory(self, tags: list[str]) -> None:

@@ -6,9 +6,12 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from slime.arguments import Args
+from slime.arguments import Args, check_embedded_size
+from slime.backends.sglang_utils.arguments import find_sglang
+from slime.backends.sglang_utils.command import sglang_commands
+from slime.engine.client import EngineClient
+from slime.engine.spec import HOST, PORT, EngineCommand, EngineSpec
 
 logger = logging.getLogger(__name__)
 
@@ -16,32 +19,34 @@ logger = logging.getLogger(__name__)
 ROUTER_DEFAULTS = {"--balance-abs-threshold": "10", "--balance-rel-threshold": "1.2", "--log-level": "warn"}
 
 
-@dataclass(frozen=True)
-class EngineSpec:
-    """What one engine process is to serve."""
-
-    model_path: str
-    weight_version: str
-    num_threads: int
-    device: str
-
-
-def engine_command(args: Args, spec: EngineSpec) -> list[str]:
-    """Command of one engine, with `{host}` and `{port}` to be filled in where it runs."""
-    return _COMMANDS[_engine_kind(args)](args, spec)
+def resolve_engine(args: Args, device: str) -> Args:
+    """`args` with a --rollout-engine that is not auto, now that the device is known. Raises ConfigError."""
+    if args.rollout_engine == "auto":
+        is_sglang = device == "cuda" and find_sglang(args.sglang_python) is not None
+        args = dataclasses.replace(args, rollout_engine="sglang" if is_sglang else "embedded")
+        logger.info("--rollout-engine auto: %s", args.rollout_engine)
+    if args.rollout_engine == "embedded":
+        check_embedded_size(args)
+    return args
 
 
-def _engine_kind(args: Args) -> str:
-    return "embedded" if args.rollout_engine == "auto" else args.rollout_engine
+def engine_commands(args: Args, spec: EngineSpec) -> list[EngineCommand]:
+    """The processes of one engine, one per node; the first listens. Places such as `{port}` are filled in there."""
+    return _COMMANDS[args.rollout_engine](args, spec)
 
 
-def _embedded(args: Args, spec: EngineSpec) -> list[str]:
-    command = [sys.executable, "-m", "slime.engine.embedded.server"]
+def engine_client(args: Args, url: str) -> EngineClient:
+    """The client of an engine of this run."""
+    is_embedded = args.rollout_engine == "embedded" and args.rollout_external_engine_addrs is None
+    return EngineClient(url, args.sglang_api_key, is_sglang=not is_embedded)
+
+
+def _embedded(args: Args, spec: EngineSpec) -> list[EngineCommand]:
     settings = {
         "--model-path": spec.model_path,
         "--weight-version": spec.weight_version,
-        "--host": "{host}",
-        "--port": "{port}",
+        "--host": HOST,
+        "--port": PORT,
         "--device": spec.device,
         "--num-threads": str(spec.num_threads),
         "--random-seed": str(args.rollout_seed),
@@ -52,7 +57,8 @@ def _embedded(args: Args, spec: EngineSpec) -> list[str]:
         settings["--api-key"] = args.sglang_api_key
     flags = [part for item in settings.items() for part in item]
     flags += ["--trust-remote-code"] if args.trust_remote_code else []
-    return command + flags + _known_to_embedded(args.sglang_args)
+    command = [sys.executable, "-m", "slime.engine.embedded.server", *flags, *_known_to_embedded(args.sglang_args)]
+    return [EngineCommand(command, {})]
 
 
 def _known_to_embedded(tokens: list[str]) -> list[str]:
@@ -73,7 +79,10 @@ def _known_to_embedded(tokens: list[str]) -> list[str]:
     return kept
 
 
-_COMMANDS: dict[str, Callable[[Args, EngineSpec], list[str]]] = {"embedded": _embedded}
+_COMMANDS: dict[str, Callable[[Args, EngineSpec], list[EngineCommand]]] = {
+    "embedded": _embedded,
+    "sglang": sglang_commands,
+}
 
 
 def router_command(args: Args, *, host: str, port: int, metrics_port: int) -> list[str]:

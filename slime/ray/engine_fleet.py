@@ -20,9 +20,10 @@ import ray
 from ray.actor import ActorHandle
 
 from slime.arguments import Args
-from slime.engine.client import EngineClient
+from slime.engine.client import EngineClient, EngineError
+from slime.engine.spec import EngineCommand, EngineSpec
 from slime.ray.actors import create_actor
-from slime.ray.engine_command import EngineSpec, engine_command
+from slime.ray.engine_command import engine_client, engine_commands
 from slime.ray.placement import Slots, stays_on_machine
 from slime.ray.process_host import ProcessHost
 from slime.ray.router import LIFE_SIGN_S, POLL_S, PortTaken, Router, ServerNotUp, not_up
@@ -43,18 +44,30 @@ class TooManyRestarts(RuntimeError):
 
 @dataclass
 class Engine:
-    """One engine: the actor that owns its process, the bundle where that runs, and where the engine listens now.
+    """One engine: its bundles node by node, the actor that owns its process on each, and where it listens now.
 
-    lock: held while it is replaced or registered. is_lost: known to be gone, and not replaced yet.
+    lock: held while it is replaced or registered. is_lost: known to be gone, and not replaced yet. environments: of
+    each node's process, once known.
     """
 
-    name: str
-    bundle: int
-    host: ActorHandle
+    index: int
+    nodes: list[list[int]] = field(default_factory=list)
+    hosts: list[ActorHandle] = field(default_factory=list)
+    environments: list[dict[str, str]] = field(default_factory=list)
     url: str = ""
     num_starts: int = 0
     is_lost: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def is_external(self) -> bool:
+        """Whether somebody else starts and ends it."""
+        return not self.hosts
+
+    @property
+    def name(self) -> str:
+        """What logs call it."""
+        return f"the external engine {self.url}" if self.is_external else f"engine_{self.index}"
 
 
 @dataclass(frozen=True)
@@ -76,16 +89,23 @@ class EngineFleet:
         self.is_loopback = stays_on_machine(args)
         host = "127.0.0.1" if self.is_loopback else ray.util.get_node_ip_address()
         self.router = Router(args, host=host, log_dir=self.log_dir)
-        self.engines = [
-            Engine(f"engine_{index}", bundle, self._create_host(bundle))
-            for index, bundle in enumerate(slots.engine_bundles[:: args.rollout_num_gpus_per_engine])
-        ]
+        self.engines = self._create_engines()
         self.weights: Weights | None = None
         self.released: list[str] = []
         self.num_restarts = 0
         self.router_came_back = asyncio.Event()
         self.is_updating = False
         self.is_stopping = False
+
+    def _create_engines(self) -> list[Engine]:
+        if self.args.rollout_external_engine_addrs is not None:
+            addresses = self.args.rollout_external_engine_addrs
+            return [Engine(index, url=f"http://{address}") for index, address in enumerate(addresses)]
+        bundles, size = self.slots.engine_bundles, self.args.rollout_num_gpus_per_engine
+        places = [self.slots.by_node(bundles[start : start + size]) for start in range(0, len(bundles), size)]
+        return [
+            Engine(index, nodes, [self._create_host(node[0]) for node in nodes]) for index, nodes in enumerate(places)
+        ]
 
     def _create_host(self, bundle: int) -> ActorHandle:
         return create_actor(ProcessHost, str(self.log_dir), options=self.slots.options(bundle, "engine"))
@@ -113,18 +133,52 @@ class EngineFleet:
         await self._start_once(engine)
 
     async def _start_once(self, engine: Engine) -> None:
+        if engine.is_external:
+            await self._wait_until_up(engine)
+            await self._give_weights(engine)
+            return
+        engine.num_starts += 1
+        name = f"{engine.name}_start_{engine.num_starts}"
+        head = await engine.hosts[0].free_address.remote() if len(engine.hosts) > 1 else ""
+        names = [name, *(f"{name}_node_{rank}" for rank in range(1, len(engine.hosts)))]
+        starts = [
+            host.start.remote(log, command, loopback=self.is_loopback, head=head)
+            for log, host, command in zip(names, engine.hosts, await self._commands(engine), strict=True)
+        ]
+        engine.url, *_ = await asyncio.gather(*starts)
+        await self._wait_until_up(engine)
+
+    async def _commands(self, engine: Engine) -> list[EngineCommand]:
         weights = self.weights
         spec = EngineSpec(
+            index=engine.index,
             model_path=weights.directory if weights else self.args.hf_checkpoint,
             weight_version=str(weights.version) if weights else "default",
             num_threads=self.args.num_threads or max(1, (os.cpu_count() or 1) // len(self.engines)),
             device=self.slots.device,
+            num_slots=self.args.rollout_num_gpus_per_engine,
+            num_nodes=len(engine.nodes),
         )
-        engine.num_starts += 1
-        name = f"{engine.name}_start_{engine.num_starts}"
-        command = engine_command(self.args, spec)
-        engine.url = await engine.host.start.remote(name, command, {}, loopback=self.is_loopback)
-        await self._wait_until_up(engine)
+        if not engine.environments:
+            engine.environments = [await self._environment(node) for node in engine.nodes]
+        commands = engine_commands(self.args, spec)
+        return [
+            EngineCommand(command.argv, command.env | environment)
+            for command, environment in zip(commands, engine.environments, strict=True)
+        ]
+
+    async def _environment(self, bundles: list[int]) -> dict[str, str]:
+        """Ray shows the process's actor one GPU; an engine of several slots is shown those of all its bundles."""
+        if self.slots.device != "cuda" or len(bundles) == 1:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": await self.slots.gpu_ids(bundles)}
+
+    async def _give_weights(self, engine: Engine) -> None:
+        """The current weights for an external engine that came back with others."""
+        if self.weights is not None:
+            version, directory = self.weights.version, self.weights.directory
+            timeout_s = self.args.weight_sync_timeout_s
+            await self._client(engine).update_weights_from_disk(directory, version=version, timeout_s=timeout_s)
 
     async def _wait_until_up(self, engine: Engine) -> None:
         deadline = time.monotonic() + self.args.engine_start_timeout_s
@@ -132,21 +186,28 @@ class EngineFleet:
         while not await client.is_healthy(timeout_s=LIFE_SIGN_S):
             code = await self._poll(engine)
             if code is not None or time.monotonic() > deadline:
-                raise not_up(engine.name, code, self.args.engine_start_timeout_s, await engine.host.log_tail.remote())
+                tails: list[str] = await asyncio.gather(*(host.log_tail.remote() for host in engine.hosts))
+                log_tail = "\n".join(tails) if tails else "(--rollout-external-engine-addrs: not ours)"
+                raise not_up(engine.name, code, self.args.engine_start_timeout_s, log_tail)
             await asyncio.sleep(POLL_S)
 
     async def _poll(self, engine: Engine) -> int | None:
-        """Its exit code, or None while it runs. A host that died took the engine along; from here on it has another."""
-        try:
-            code: int | None = await engine.host.poll.remote()
-        except ray.exceptions.RayActorError:
-            logger.warning("the actor that owns %s died", engine.name)
-            engine.host = self._create_host(engine.bundle)
-            return KILLED
-        return code
+        """Its exit code, that of any of its nodes, or None while it runs; nobody knows that of an external one.
+
+        A host that died took the engine along; from here on it has another.
+        """
+        codes: list[int | None] = []
+        for rank, host in enumerate(engine.hosts):
+            try:
+                codes.append(await host.poll.remote())
+            except ray.exceptions.RayActorError:
+                logger.warning("the actor that owns %s died", engine.name)
+                engine.hosts[rank] = self._create_host(engine.nodes[rank][0])
+                codes.append(KILLED)
+        return next((code for code in codes if code is not None), None)
 
     def _client(self, engine: Engine) -> EngineClient:
-        return EngineClient(engine.url, self.args.sglang_api_key)
+        return engine_client(self.args, engine.url)
 
     # --- weights and memory
 
@@ -174,7 +235,9 @@ class EngineFleet:
 
     async def resume_memory(self, tags: list[str]) -> None:
         """Engines take that memory back. Those lost meanwhile are replaced once nobody else holds any of it."""
-        await self._tell_all(lambda client: client.resume_memory(tags))
+        held_by_others = [tag for tag in tags if tag in self.released]
+        if held_by_others:  # else, as before the first rollout, there is nothing to take: SGLang would end itself
+            await self._tell_all(lambda client: client.resume_memory(held_by_others))
         self.released = [tag for tag in self.released if tag not in tags]
         await self._replace_lost()
 
@@ -221,7 +284,7 @@ class EngineFleet:
         if self._is_busy(engine):
             return
         reason = "does not answer /health" if code is None else f"ended with code {code}"
-        logger.warning("%s %s: restarting it", engine.name, reason)
+        logger.warning("%s %s: %s", engine.name, reason, "waiting for it" if engine.is_external else "restarting it")
         await self._replace(engine, url)
 
     def _is_busy(self, engine: Engine) -> bool:
@@ -249,7 +312,7 @@ class EngineFleet:
             await self._start(engine)
             if self.weights is not None:
                 await self.router.add(engine.url)
-        except (ServerNotUp, HTTPError, ray.exceptions.RayActorError) as error:
+        except (ServerNotUp, HTTPError, EngineError, ray.exceptions.RayActorError) as error:
             logger.warning("%s did not come back: %s", engine.name, error)
             return False
         engine.is_lost = False
@@ -294,15 +357,16 @@ class EngineFleet:
     # --- end
 
     async def stop(self) -> None:
-        """End engines and router; take our engines out of an external router."""
+        """End our engines and router; take our engines out of an external router."""
         self.is_stopping = True
         if self.router.is_external:
-            removals = asyncio.gather(*(self.router.remove(e.url) for e in self.engines), return_exceptions=True)
+            urls = [engine.url for engine in self.engines if not engine.is_external]
+            removals = asyncio.gather(*(self.router.remove(url) for url in urls), return_exceptions=True)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(removals, DEREGISTRATION_S)
         await asyncio.gather(
             asyncio.to_thread(self.router.stop),
-            *(engine.host.stop.remote() for engine in self.engines),
+            *(host.stop.remote() for engine in self.engines for host in engine.hosts),
             return_exceptions=True,  # a host that is gone took its engine along
         )
 

@@ -22,6 +22,7 @@ from ray.actor import ActorHandle
 from slime.arguments import Args, settings_as_dict
 from slime.observability.progress import Progress
 from slime.ray.actors import create_actor
+from slime.ray.engine_command import resolve_engine
 from slime.ray.engine_fleet import EngineFleet
 from slime.ray.handles import ActorCriticHandle, ActorGroup, NoPolicy, PolicyHandle, RolloutAhead, RolloutHandle
 from slime.ray.journal import Journal
@@ -88,6 +89,7 @@ class Job:
         logger.info("Ray is up after %.1f s", time.monotonic() - begin)
         slots = allocate(self.args)
         self._stack.callback(slots.release)
+        self.args = resolve_engine(self.args, slots.device)
         if self.args.sglang_api_key is None and not stays_on_machine(self.args):
             self.args = dataclasses.replace(self.args, sglang_api_key=secrets.token_hex())
         self.manager = self._start_manager()
@@ -156,7 +158,7 @@ class Job:
 
     def _start_fleet(self, slots: Slots) -> ActorHandle | None:
         """None with --debug-train-only."""
-        if not slots.engine_bundles:
+        if self.args.debug_train_only:
             return None
         fleet = create_actor(EngineFleet, self.args, slots, str(self.run_dir))
         self._stack.callback(_stop_fleet, fleet)

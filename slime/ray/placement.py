@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -43,6 +45,25 @@ class Slots:
         """Whether all of these lie on one node."""
         return len({self.node_of[bundle] for bundle in bundles}) == 1
 
+    def by_node(self, bundles: list[int]) -> list[list[int]]:
+        """The bundles of an engine, node by node. Raises NotEnoughSlots where its nodes do not give equal parts."""
+        nodes = list(dict.fromkeys(self.node_of[bundle] for bundle in bundles))
+        parts = [[bundle for bundle in bundles if self.node_of[bundle] == node] for node in nodes]
+        if len({len(part) for part in parts}) > 1:
+            sizes = " + ".join(str(len(part)) for part in parts)
+            raise NotEnoughSlots(
+                f"an engine of {len(bundles)} slots would lie on {len(parts)} nodes as {sizes}: its nodes must give "
+                "equal parts. Choose --rollout-num-gpus-per-engine so that engines fill nodes."
+            )
+        return parts
+
+    async def gpu_ids(self, bundles: list[int]) -> str:
+        """The GPUs of bundles on one node, as CUDA_VISIBLE_DEVICES has them."""
+        probe: Any = ray.remote(_gpu_ids)
+        probes = [probe.options(**self.options(bundle, "engine")).remote() for bundle in bundles]
+        ids: list[list[int | str]] = await asyncio.gather(*probes)
+        return ",".join(str(gpu) for (gpu,) in ids)
+
     def options(self, bundle: int, role: str) -> dict[str, object]:
         """Ray options of an actor of `role` ("actor", "critic" or "engine") in a bundle."""
         resource = "num_gpus" if self.device == "cuda" else "num_cpus"
@@ -52,6 +73,10 @@ class Slots:
     def release(self) -> None:
         """Give the slots back."""
         remove_placement_group(self.group)
+
+
+def _gpu_ids() -> list[int] | list[str]:
+    return ray.get_gpu_ids()
 
 
 def start_ray(cluster: ClusterConfig) -> bool:

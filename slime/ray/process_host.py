@@ -7,12 +7,11 @@ from pathlib import Path
 
 import ray
 
+from slime.engine.spec import HEAD, HOST, PORT, EngineCommand
 from slime.ray.actors import CONTROL
 from slime.ray.watchdog import thread_stacks
 from slime.utils.http_utils import find_free_port
 from slime.utils.processes import OwnedProcess
-
-PORT = "{port}"
 
 
 class ProcessHost:
@@ -22,17 +21,22 @@ class ProcessHost:
         self.log_dir = Path(log_dir)
         self.process: OwnedProcess | None = None
 
-    def start(self, name: str, command: list[str], env: dict[str, str], *, loopback: bool) -> str:
-        """Run `command`, its `{port}` replaced by a free port. Returns `http://host:port`.
+    def start(self, name: str, command: EngineCommand, *, loopback: bool, head: str = "") -> str:
+        """Run `command`, its places for address and a free port filled in. Returns `http://host:port`.
 
-        loopback: bind to this machine only, else to the node's address, which replaces `{host}`.
+        loopback: bind to this machine only, else to the node's address. head: where an engine on several nodes meets.
         """
         self.stop()
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         port = find_free_port(host)
-        filled = [part.replace(PORT, str(port)).replace("{host}", host) for part in command]
-        self.process = OwnedProcess(filled, log_path=self.log_dir / f"{name}.log", env={**os.environ, **env})
+        argv = [part.replace(PORT, str(port)).replace(HOST, host).replace(HEAD, head) for part in command.argv]
+        self.process = OwnedProcess(argv, log_path=self.log_dir / f"{name}.log", env={**os.environ, **command.env})
         return f"http://{host}:{port}"
+
+    def free_address(self) -> str:
+        """`address:port` of this node that nobody listens on at the moment."""
+        host = ray.util.get_node_ip_address()
+        return f"{host}:{find_free_port(host)}"
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""

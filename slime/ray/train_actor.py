@@ -17,10 +17,10 @@ from ray import ObjectRef
 from slime.arguments import Args
 from slime.config.run import critic_settings
 from slime.data.batch import Array, TrainBatch
-from slime.engine.client import EngineClient
 from slime.observability.flops import training_flops
 from slime.observability.timer import PhaseTimer
 from slime.ray.actors import CONTROL, LIFETIME
+from slime.ray.engine_command import engine_client
 from slime.ray.watchdog import thread_stacks, wait_for_the_end
 from slime.utils.http_utils import find_free_port
 from slime.utils.logging import configure_logging
@@ -196,7 +196,7 @@ class TrainActor:
         """Bring the engines to `version`. A collective; the reporter's answer counts."""
         from slime.weight_sync.update import send_weights
 
-        engines = [EngineClient(url, self.args.sglang_api_key) for url in engine_urls]
+        engines = [engine_client(self.args, url) for url in engine_urls]
         failed = send_weights(
             self.backend.hf_tensors(),
             self.transport,

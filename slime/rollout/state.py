@@ -55,7 +55,7 @@ class GenerateState:
     @property
     def semaphore(self) -> anyio.Semaphore:
         """The bound on requests in flight: one for all that run in this event loop, evaluation sets included."""
-        num_engines = max(1, (self.args.rollout_num_gpus or 0) // self.args.rollout_num_gpus_per_engine)
+        num_engines = max(1, self.args.num_engines)
         return _semaphore(self.args.sglang_server_concurrency * num_engines, asyncio.get_running_loop())
 
     def count_failure(self, sample: Sample) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from slime.arguments import Args
-from slime.ray.placement import Slots, num_slots, stays_on_machine
+from slime.ray.placement import NotEnoughSlots, Slots, num_slots, stays_on_machine
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -39,3 +39,11 @@ def test_the_bundles_of_a_role_share_a_node_or_not() -> None:
     slots = Slots(None, "cpu", [0, 1], [1, 2], [0], node_of={0: "a", 1: "a", 2: "b"})  # type: ignore[arg-type]
     assert slots.share_node(slots.trainer_bundles)
     assert not slots.share_node(slots.critic_bundles)
+
+
+def test_an_engine_lies_on_its_nodes_in_equal_parts() -> None:
+    slots = Slots(None, "cpu", [], [], [0, 1, 2, 3, 4], node_of=dict(enumerate("aabba")))  # type: ignore[arg-type]
+    assert slots.by_node([0, 1, 2, 3]) == [[0, 1], [2, 3]]
+    assert slots.by_node([0, 4]) == [[0, 4]]
+    with pytest.raises(NotEnoughSlots, match=r"engine of 3 slots would lie on 2 nodes as 2 \+ 1"):
+        slots.by_node([0, 1, 2])

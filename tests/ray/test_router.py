@@ -15,6 +15,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from slime.arguments import Args
+from slime.engine.spec import EngineCommand
 from slime.ray.process_host import ProcessHost
 from slime.ray.router import PortTaken, Router, ServerNotUp, not_up
 from slime.utils import http_utils
@@ -114,7 +115,7 @@ async def test_an_engine_whose_port_was_taken_is_told_from_other_failures(tmp_pa
         port = str(taken.getsockname()[1])
         model = make_tiny_model(tmp_path / "model")
         command = [sys.executable, "-m", "slime.engine.embedded.server", "--model-path", str(model), "--port", port]
-        assert host.start("engine_0", command, {}, loopback=True).startswith(f"http://{HOST}:")
+        assert host.start("engine_0", EngineCommand(command, {}), loopback=True).startswith(f"http://{HOST}:")
         async with asyncio.timeout(60):
             while (code := host.poll()) is None:
                 await asyncio.sleep(0.05)

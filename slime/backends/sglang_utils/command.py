@@ -1,0 +1,58 @@
+"""The command line of SGLang for one engine of a run."""
+
+from __future__ import annotations
+
+import sys
+
+from slime.backends.sglang_utils.arguments import size_of, tensor_parallel_size
+from slime.config.model import context_length, read_model_config
+from slime.config.run import RunConfig
+from slime.engine.spec import HEAD, HOST, PORT, EngineCommand, EngineSpec
+
+# /health says that the server answers. By default it generates a token instead: it would wait out a pause, and a cache
+# that is to be flushed while it does would end the engine. A scheduler that hangs is ended by SGLang's own watchdog.
+ENVIRONMENT = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
+
+
+def sglang_commands(config: RunConfig, spec: EngineSpec) -> list[EngineCommand]:
+    """One process per node of the engine, the first being the one that listens. Raises ConfigError."""
+    settings = {
+        "--model-path": spec.model_path,
+        "--host": HOST,
+        "--port": PORT,
+        "--tp-size": str(tensor_parallel_size(config.sglang_args, spec.num_slots)),
+        "--random-seed": str(config.rollout_seed + spec.index),  # with one seed, engines would draw the same
+        "--weight-version": spec.weight_version,
+    }
+    if config.sglang_api_key is not None:
+        settings["--api-key"] = config.sglang_api_key
+    if spec.device == "cpu":
+        settings["--device"] = "cpu"
+    flags = [part for item in settings.items() for part in item] + ["--skip-server-warmup"]
+    flags += ["--trust-remote-code"] if config.trust_remote_code else []
+    flags += ["--enable-memory-saver"] if config.offload_rollout and spec.device == "cuda" else []
+    python = config.sglang_python or sys.executable
+    command = [python, "-m", "sglang.launch_server", *flags]
+    return [
+        EngineCommand(command + _place(rank, spec.num_nodes) + config.sglang_args, _environment(config, spec))
+        for rank in range(spec.num_nodes)
+    ]
+
+
+def _place(rank: int, num_nodes: int) -> list[str]:
+    """This process among those of an engine on several nodes."""
+    if num_nodes == 1:
+        return []
+    return ["--nnodes", str(num_nodes), "--node-rank", str(rank), "--dist-init-addr", HEAD]
+
+
+def _environment(config: RunConfig, spec: EngineSpec) -> dict[str, str]:
+    environment = dict(ENVIRONMENT)
+    if config.sglang_python not in (None, sys.executable):
+        environment["PYTHONPATH"] = ""  # ours would bring our packages into an interpreter that has its own
+    if spec.device == "cpu":
+        environment["OMP_NUM_THREADS"] = str(spec.num_threads)
+    longest = context_length(read_model_config(config.hf_checkpoint))
+    if longest is not None and size_of(config.sglang_args, "--context-length") > longest:
+        environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+    return environment

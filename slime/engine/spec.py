@@ -1,0 +1,29 @@
+"""What one engine process is to be, and the command that makes it so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# Filled in where the process starts: its node's address, a free port there, address:port of the engine's first node.
+HOST, PORT, HEAD = "{host}", "{port}", "{head}"
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What one engine is to serve, and with what. index: its place among the engines. num_slots: on all its nodes."""
+
+    index: int
+    model_path: str
+    weight_version: str
+    num_threads: int
+    device: str
+    num_slots: int = 1
+    num_nodes: int = 1
+
+
+class EngineCommand(NamedTuple):
+    """The process of an engine on one node. env: what differs from the environment of whoever starts it."""
+
+    argv: list[str]
+    env: dict[str, str]

@@ -1,0 +1,56 @@
+"""Which engine a run has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slime.arguments import Args
+from slime.config import ConfigError
+from slime.engine.spec import EngineSpec
+from slime.ray.engine_command import engine_client, engine_commands, resolve_engine
+
+ARGS = Args(train_backend="fsdp")
+
+
+@pytest.fixture
+def python_with_sglang(tmp_path: Path) -> str:
+    """An interpreter that finds a package of that name."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho /opt/sglang/__init__.py\n")
+    python.chmod(0o755)
+    return str(python)
+
+
+def test_auto_is_sglang_on_gpus_where_it_is_installed(python_with_sglang: str) -> None:
+    args = replace(ARGS, sglang_python=python_with_sglang)
+    assert resolve_engine(args, "cuda").rollout_engine == "sglang"
+    assert resolve_engine(args, "cpu").rollout_engine == "embedded"
+    assert resolve_engine(replace(args, sglang_python="/bin/true"), "cuda").rollout_engine == "embedded"
+    assert resolve_engine(replace(args, rollout_engine="sglang"), "cpu").rollout_engine == "sglang"
+
+
+def test_an_embedded_engine_of_several_slots_is_refused_once_it_is_known_to_be_one(python_with_sglang: str) -> None:
+    args = replace(ARGS, sglang_python=python_with_sglang, rollout_num_gpus_per_engine=2)
+    assert resolve_engine(args, "cuda").rollout_num_gpus_per_engine == 2
+    with pytest.raises(ConfigError, match="the embedded engine serves one slot"):
+        resolve_engine(args, "cpu")
+
+
+def test_each_kind_of_engine_has_its_command(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    args = replace(ARGS, hf_checkpoint=str(tmp_path))
+    spec = EngineSpec(index=0, model_path="/model", weight_version="1", num_threads=1, device="cpu")
+    (embedded,) = engine_commands(replace(args, rollout_engine="embedded"), spec)
+    (sglang,) = engine_commands(replace(args, rollout_engine="sglang"), spec)
+    assert embedded.argv[2] == "slime.engine.embedded.server"
+    assert sglang.argv[2] == "sglang.launch_server"
+
+
+def test_an_engine_of_somebody_else_is_spoken_to_as_sglang() -> None:
+    embedded = replace(ARGS, rollout_engine="embedded")
+    assert not engine_client(embedded, "http://a:1").is_sglang
+    assert engine_client(replace(embedded, rollout_engine="sglang"), "http://a:1").is_sglang
+    assert engine_client(replace(embedded, rollout_external_engine_addrs=["a:1"]), "http://a:1").is_sglang
