@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from slime.backends.sglang_utils.arguments import size_of, tensor_parallel_size
-from slime.config.model import context_length, read_model_config
+from slime.backends.sglang_utils.arguments import tensor_parallel_size
 from slime.config.run import RunConfig
 from slime.engine.spec import HEAD, HOST, PORT, EngineCommand, EngineSpec
 
 # /health says that the server answers. By default it generates a token instead: it would wait out a pause, and a cache
 # that is to be flushed while it does would end the engine. A scheduler that hangs is ended by SGLang's own watchdog.
 ENVIRONMENT = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
+
+# SGLang refuses prompts that leave less than 6 positions of its context, and ends answers 2 before its end.
+CONTEXT_MARGIN = 8
 
 
 def sglang_commands(config: RunConfig, spec: EngineSpec) -> list[EngineCommand]:
@@ -32,11 +34,20 @@ def sglang_commands(config: RunConfig, spec: EngineSpec) -> list[EngineCommand]:
     flags += ["--trust-remote-code"] if config.trust_remote_code else []
     flags += ["--enable-memory-saver"] if config.offload_rollout and spec.device == "cuda" else []
     python = config.sglang_python or sys.executable
-    command = [python, "-m", "sglang.launch_server", *flags]
+    user_flags = config.sglang_args + _context(config)
     return [
-        EngineCommand(command + _place(rank, spec.num_nodes) + config.sglang_args, _environment(config, spec))
+        EngineCommand(
+            [python, "-m", "sglang.launch_server", *flags, *_place(rank, spec.num_nodes), *user_flags],
+            _environment(config, spec),
+        )
         for rank in range(spec.num_nodes)
     ]
+
+
+def _context(config: RunConfig) -> list[str]:
+    """A context in which all of ours can be used; it wins over --sglang-context-length, which ours follows from."""
+    context = config.rollout_max_context_len
+    return [] if context is None else ["--context-length", str(context + CONTEXT_MARGIN)]
 
 
 def _place(rank: int, num_nodes: int) -> list[str]:
@@ -52,7 +63,6 @@ def _environment(config: RunConfig, spec: EngineSpec) -> dict[str, str]:
         environment["PYTHONPATH"] = ""  # ours would bring our packages into an interpreter that has its own
     if spec.device == "cpu":
         environment["OMP_NUM_THREADS"] = str(spec.num_threads)
-    longest = context_length(read_model_config(config.hf_checkpoint))
-    if longest is not None and size_of(config.sglang_args, "--context-length") > longest:
+    if _context(config):
         environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     return environment
