@@ -11,6 +11,7 @@ from slime.utils.http_utils import HTTPError, get, post
 
 IDLE_DEADLINE_S = 30.0  # for the last requests to leave an engine that gets no new ones
 IDLE_POLL_S = 0.05
+CHECKSUM_S = 600.0  # for checksums of all weights, which large models take long for
 
 
 class EngineError(RuntimeError):
@@ -94,8 +95,20 @@ class EngineClient:
         """Take it back; weights are undefined until the next update."""
         await self._call("resume_memory_occupation", {"tags": tags})
 
+    async def shard_checksums(self) -> dict[str, str]:
+        """SGLang's: its own checksum of every tensor of every rank, under its own names."""
+        answer = await self._call("weights_checker", {"action": "checksum"}, timeout_s=CHECKSUM_S)
+        ranks: list[dict[str, Any]] = answer["ranks"]
+        return {
+            f"{name} of rank {i}": digest for i, rank in enumerate(ranks) for name, digest in rank["checksums"].items()
+        }
+
+    async def scramble_weights(self) -> None:
+        """SGLang's: noise instead of weights."""
+        await self._call("weights_checker", {"action": "reset_tensors"}, timeout_s=CHECKSUM_S)
+
     async def checksums(self) -> dict[str, str]:
-        """Checksum of every tensor by its Hugging Face name (`slime.utils.checksum`)."""
+        """Checksum of every tensor by its Hugging Face name (`slime.utils.checksum`); the embedded engine's."""
         answer = await self._call("weights_checker", {"action": "checksum"})
         checksums: dict[str, str] = answer["checksums"]
         return checksums

@@ -11,10 +11,7 @@ from torch import Tensor
 from slime.engine.client import EngineClient
 from slime.utils.async_utils import run
 from slime.utils.checksum import tensor_checksum
-
-
-class WeightMismatch(RuntimeError):
-    """An engine holds other weights than were sent."""
+from slime.weight_sync.check import check_by_name, check_by_reloading, check_files
 
 
 class Transport(Protocol):
@@ -48,18 +45,22 @@ def send_weights(
     timeout_s: float,
     check_equal: bool,
     is_reporter: bool,
+    files: Path | None = None,
 ) -> list[str]:
     """Bring every engine to `version`. A collective among trainers.
 
     tensors: full tensors under Hugging Face names. timeout_s: for one call of one engine. check_equal: the reporter
-    compares checksums of all tensors afterwards. Returns the addresses of engines that were lost: to be started anew.
+    compares checksums of all tensors afterwards. files: where the version lies for that, if a transport writes none.
+    Returns the addresses of engines that were lost: to be started anew.
     Raises EngineError where an engine refuses the weights, WeightMismatch naming engine and tensor.
     """
     checksums: dict[str, str] = {}
     source = _with_checksums(tensors, checksums) if check_equal and is_reporter else tensors
     lost = transport.send(source, engines, version, timeout_s)
     if check_equal and is_reporter:
-        run(_compare([engine for engine in engines if engine is not None and engine not in lost], checksums))
+        reached = [engine for engine in engines if engine is not None and engine not in lost]
+        directory = files if files is not None else transport.path_of(version)
+        run(_compare(reached, checksums, directory, version=version, timeout_s=timeout_s))
     return [engine.url for engine in lost]
 
 
@@ -69,11 +70,14 @@ def _with_checksums(tensors: Iterable[tuple[str, Tensor]], checksums: dict[str, 
         yield name, tensor
 
 
-async def _compare(engines: Sequence[EngineClient], sent: dict[str, str]) -> None:
+async def _compare(
+    engines: Sequence[EngineClient], sent: dict[str, str], directory: Path | None, *, version: int, timeout_s: float
+) -> None:
+    if any(engine.is_sglang for engine in engines):
+        assert directory is not None, "an SGLang engine is compared with files"
+        check_files(directory, sent)
     for engine in engines:
-        held = await engine.checksums()
-        wrong = sorted(name for name in sent.keys() | held.keys() if sent.get(name) != held.get(name))
-        if wrong:
-            raise WeightMismatch(
-                f"{engine.url} holds {len(wrong)} tensors that differ from those sent, first {wrong[0]}"
-            )
+        if engine.is_sglang and directory is not None:
+            await check_by_reloading(engine, directory, version=version, timeout_s=timeout_s)
+        else:
+            await check_by_name(engine, sent)

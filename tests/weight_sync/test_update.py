@@ -24,9 +24,10 @@ from slime.engine.client import EngineClient, EngineError
 from slime.utils.http_utils import HTTPError
 from slime.weight_sync import tensor
 from slime.weight_sync.bucket import Bucket
+from slime.weight_sync.check import WeightMismatch
 from slime.weight_sync.disk import DiskTransport
 from slime.weight_sync.tensor import TensorTransport
-from slime.weight_sync.update import Transport, WeightMismatch, send_weights
+from slime.weight_sync.update import Transport, send_weights
 
 PROMPT = [5, 8, 13, 21, 34]
 
