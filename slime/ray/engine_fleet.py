@@ -23,6 +23,7 @@ from slime.arguments import Args
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.spec import EngineCommand, EngineSpec
 from slime.ray.actors import create_actor
+from slime.ray.current_weights import CurrentWeights
 from slime.ray.engine_command import engine_client, engine_commands
 from slime.ray.placement import Slots, stays_on_machine
 from slime.ray.process_host import ProcessHost
@@ -70,14 +71,6 @@ class Engine:
         return f"the external engine {self.url}" if self.is_external else f"engine_{self.index}"
 
 
-@dataclass(frozen=True)
-class Weights:
-    """The version that engines must hold, and a directory to start them from."""
-
-    version: int
-    directory: str
-
-
 class EngineFleet:
     """An asyncio actor: `watch` runs for as long as the fleet does, the other calls beside it."""
 
@@ -90,7 +83,7 @@ class EngineFleet:
         host = "127.0.0.1" if self.is_loopback else ray.util.get_node_ip_address()
         self.router = Router(args, host=host, log_dir=self.log_dir)
         self.engines = self._create_engines()
-        self.weights: Weights | None = None
+        self.weights = CurrentWeights()
         self.released: list[str] = []
         self.num_restarts = 0
         self.router_came_back = asyncio.Event()
@@ -149,11 +142,11 @@ class EngineFleet:
         await self._wait_until_up(engine)
 
     async def _commands(self, engine: Engine) -> list[EngineCommand]:
-        weights = self.weights
+        version = self.weights.version
         spec = EngineSpec(
             index=engine.index,
-            model_path=weights.directory if weights else self.args.hf_checkpoint,
-            weight_version=str(weights.version) if weights else "default",
+            model_path=self.args.hf_checkpoint if version is None else await self._weights_directory(),
+            weight_version="default" if version is None else str(version),
             num_threads=self.args.num_threads or max(1, (os.cpu_count() or 1) // len(self.engines)),
             device=self.slots.device,
             num_slots=self.args.rollout_num_gpus_per_engine,
@@ -175,8 +168,9 @@ class EngineFleet:
 
     async def _give_weights(self, engine: Engine) -> None:
         """The current weights for an external engine that came back with others."""
-        if self.weights is not None:
-            version, directory = self.weights.version, self.weights.directory
+        version = self.weights.version
+        if version is not None:
+            directory = await self._weights_directory()
             timeout_s = self.args.weight_sync_timeout_s
             await self._client(engine).update_weights_from_disk(directory, version=version, timeout_s=timeout_s)
 
@@ -211,17 +205,28 @@ class EngineFleet:
 
     # --- weights and memory
 
-    async def begin_update(self) -> list[str]:
-        """Addresses of all engines, once none is being restarted; none will be until `weights_sent`."""
+    async def begin_update(self) -> list[str | None]:
+        """Addresses of all engines (None: lost) once none is being restarted; none will be until `weights_sent`."""
         self.is_updating = True
         for engine in self.engines:
             async with engine.lock:
                 pass
-        return [engine.url for engine in self.engines if not engine.is_lost]
+        return [None if engine.is_lost else engine.url for engine in self.engines]
 
-    async def weights_sent(self, version: int, directory: str, failed: list[str]) -> None:
+    async def _weights_directory(self) -> str:
+        return await self.weights.directory(timeout_s=self.args.weight_sync_timeout_s)
+
+    async def weights_wanted(self) -> int:
+        """Returns a version that lies in no file, once an engine is to be started with it."""
+        return await self.weights.wanted()
+
+    async def weights_written(self, version: int, directory: str) -> None:
+        """They lie in `directory` now."""
+        self.weights.written(version, directory)
+
+    async def weights_sent(self, version: int, directory: str | None, failed: list[str]) -> None:
         """The engines hold `version`, but for the `failed` addresses, which are started anew from `directory`."""
-        self.weights = Weights(version, directory)
+        self.weights.set(version, directory)
         for engine in self.engines:
             engine.is_lost |= engine.url in failed
         await asyncio.gather(*(self._register(engine) for engine in self.engines if not engine.is_lost))
@@ -310,7 +315,7 @@ class EngineFleet:
         try:
             await self._poll(engine)  # for a host that lives
             await self._start(engine)
-            if self.weights is not None:
+            if self.weights.version is not None:
                 await self.router.add(engine.url)
         except (ServerNotUp, HTTPError, EngineError, ray.exceptions.RayActorError) as error:
             logger.warning("%s did not come back: %s", engine.name, error)
@@ -325,7 +330,7 @@ class EngineFleet:
 
     async def _keep_registered(self, engine: Engine) -> None:
         """Register it with a router that has forgotten it; the next look tries again where that fails."""
-        if self.weights is None or self._is_busy(engine):
+        if self.weights.version is None or self._is_busy(engine):
             return
         try:
             await self._register(engine)

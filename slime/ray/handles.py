@@ -161,10 +161,15 @@ class ActorGroup:
         calls = [rank.train_critic.remote(rollout_id, batch, kl) for rank in self.ranks]
         return self._all(calls, self.args.train_timeout_s, f"the critic to train on rollout {rollout_id}")[0]
 
-    def update_weights(self, engine_urls: list[str], version: int) -> SendReport:
+    def update_weights(self, engine_urls: list[str | None], version: int) -> SendReport:
         """Send the weights to the engines."""
         calls = [rank.update_weights.remote(engine_urls, version) for rank in self.ranks]
         return self._all(calls, self.args.weight_sync_timeout_s, f"weights v{version} to reach the engines")[0]
+
+    def write_weights(self, version: int) -> str:
+        """Write the weights to files, as version `version`. Returns the directory."""
+        calls = [rank.write_weights.remote(version) for rank in self.ranks]
+        return self._all(calls, self.args.weight_sync_timeout_s, f"weights v{version} to be written")[0]
 
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint."""

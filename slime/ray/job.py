@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import ray
 import yaml
@@ -139,6 +139,7 @@ class Job:
         if fleet is None:
             self.memory = NoEngines()
             return
+        self.watchdog.serve(fleet.weights_wanted.remote(), lambda version: _write_weights(actor, fleet, version))
         sleepers = [actor] if self.args.has_critic_slots else self.trainers
         parts = (self.args, fleet, actor, sleepers, self.rollout, self.watchdog, journal)
         if isinstance(self.rollout, RolloutAhead):
@@ -268,6 +269,12 @@ class Job:
 
 class GraceExpired(RuntimeError):
     """SIGTERM came, and the step and its checkpoint did not end in time."""
+
+
+def _write_weights(actor: ActorGroup, fleet: ActorHandle, version: int) -> ObjectRef:
+    """For an engine that is to be started with weights that lie in no file. Returns the next such request."""
+    fleet.weights_written.remote(version, actor.write_weights(version))
+    return cast(ObjectRef, fleet.weights_wanted.remote())
 
 
 def _stop_fleet(fleet: ActorHandle) -> None:

@@ -50,7 +50,7 @@ class Disaggregated:
             self._send(version)
 
     def _send(self, version: int) -> None:
-        urls: list[str] = self._fleet("begin_update")
+        urls: list[str | None] = self._fleet("begin_update")
         report = self.actor.update_weights(urls, version)
         self._fleet("weights_sent", version, report.directory, report.failed)
         self.rollout.weight_version = version

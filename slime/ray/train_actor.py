@@ -109,6 +109,7 @@ class TrainActor:
 
     def _open_actor(self, weights_dir: Path, device: torch.device) -> None:
         from slime.training.recipe import Recipe
+        from slime.weight_sync.disk import DiskTransport
 
         self._model_config = json.loads((Path(self.args.hf_checkpoint) / "config.json").read_text())
         dump_dir = self.run_dir / "skipped_steps"
@@ -120,10 +121,10 @@ class TrainActor:
             phase=self.timer.phase,
             train_dump=self.args.save_debug_train_data,
         )
-        self.transport = self._transport(weights_dir, device)
+        self.files = DiskTransport(weights_dir, assets=self.args.hf_checkpoint, is_writer=self.is_reporter)
+        self.transport = self._transport(device)
 
-    def _transport(self, weights_dir: Path, device: torch.device) -> Transport:
-        from slime.weight_sync.disk import DiskTransport
+    def _transport(self, device: torch.device) -> Transport:
         from slime.weight_sync.tensor import TensorTransport
 
         if self.args.update_weight_transport == "tensor":
@@ -132,7 +133,7 @@ class TrainActor:
             size = self.args.rollout_num_gpus_per_engine
             buffer_size = self.args.update_weight_buffer_size
             return TensorTransport(rank=self.rank, ranks_per_engine=size, bucket_bytes=buffer_size)
-        return DiskTransport(weights_dir, assets=self.args.hf_checkpoint, is_writer=self.is_reporter)
+        return self.files
 
     def _open_critic(self) -> None:
         from slime.training.critic import CriticRecipe
@@ -192,24 +193,34 @@ class TrainActor:
 
     # --- weights
 
-    def update_weights(self, engine_urls: list[str], version: int) -> SendReport:
+    def update_weights(self, engine_urls: list[str | None], version: int) -> SendReport:
         """Bring the engines to `version`. A collective; the reporter's answer counts."""
         from slime.weight_sync.update import send_weights
 
-        engines = [engine_client(self.args, url) for url in engine_urls]
+        engines = [None if url is None else engine_client(self.args, url) for url in engine_urls]
+        checks = self.args.check_weight_update_equal
+        files = Path(self.write_weights(version)) if checks and self.transport is not self.files else None
         failed = send_weights(
             self.backend.hf_tensors(),
             self.transport,
             engines,
             version=version,
             timeout_s=self.args.weight_sync_timeout_s / 2,  # before the driver's, so that a lost engine is told to it
-            check_equal=self.args.check_weight_update_equal,
+            check_equal=checks,
             is_reporter=self.is_reporter,
+            files=files,
         )
         if self.args.keep_old_actor:
             self.backend.copy_weights("actor", "old_actor")
         path = self.transport.path_of(version)
         return SendReport(None if path is None else str(path.resolve()), failed)
+
+    def write_weights(self, version: int) -> str:
+        """Write the weights to files, as version `version`; older ones go. A collective. Returns the directory."""
+        path = self.files.write(self.backend.hf_tensors(), version)
+        if self.is_reporter:
+            self.files.delete_before(version)
+        return str(path.resolve())
 
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint."""

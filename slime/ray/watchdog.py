@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 logger = logging.getLogger(__name__)
+
+Service = Callable[[Any], ObjectRef]
 
 STACKS_DEADLINE_S = 5.0
 _SLICE_S = 1.0  # how long one look takes, so that signals are seen in between
@@ -56,11 +58,16 @@ class Watchdog:
 
     actors: dict[str, ActorHandle] = field(default_factory=dict)
     monitors: list[ObjectRef] = field(default_factory=list)
+    services: dict[ObjectRef, Service] = field(default_factory=dict)
     _interruption: tuple[float, Exception] | None = None
 
     def interrupt(self, error: Exception, *, after_s: float = 0.0) -> None:
         """Have any wait raise `error` after `after_s` seconds. For signal handlers: Ray may swallow what they raise."""
         self._interruption = (time.monotonic() + after_s, error)
+
+    def serve(self, request: ObjectRef, service: Service) -> None:
+        """When `request` has a result, `service` gets it, in the middle of any wait, and returns the next request."""
+        self.services[request] = service
 
     def add(self, name: str, actor: ActorHandle) -> None:
         """Take an actor that has `stacks` and `live` under watch."""
@@ -77,9 +84,12 @@ class Watchdog:
         while pending := [ref for ref in refs if ref not in results]:
             if self._interruption is not None and time.monotonic() >= self._interruption[0]:
                 raise self._interruption[1]
-            done, _ = ray.wait(pending + self.monitors, num_returns=1, timeout=_SLICE_S)
+            done, _ = ray.wait(pending + self.monitors + list(self.services), num_returns=1, timeout=_SLICE_S)
             for ref in done:
                 try:
+                    if ref in self.services:
+                        self._serve(ref)
+                        continue
                     results[ref] = ray.get(ref)
                 except ray.exceptions.RayError as error:
                     death = self._death(ref, error, pending)
@@ -90,6 +100,10 @@ class Watchdog:
             if not done and time.monotonic() > deadline:
                 raise DeadlineExpired(self._report(what, timeout_s, [ref for ref in refs if ref not in results]))
         return [results[ref] for ref in refs]
+
+    def _serve(self, request: ObjectRef) -> None:
+        service = self.services.pop(request)  # not served anew by the waits of the service itself
+        self.serve(service(ray.get(request)), service)
 
     def _death(self, first: ObjectRef, error: ray.exceptions.RayError, pending: list[ObjectRef]) -> _Death | None:
         """The actor whose process ended, if that is behind a failed call. When a rank dies, its peers' collectives may

@@ -120,3 +120,21 @@ def test_an_interruption_ends_any_wait_once_its_time_has_come(workers: list, wat
     watchdog.interrupt(KeyError("enough"))
     with pytest.raises(KeyError, match="enough"):
         watchdog.get([workers[0].hang_in_this_function.remote()], timeout_s=30, what="more")
+
+
+def test_a_request_is_served_in_the_middle_of_a_wait_and_the_next_one_too(
+    workers: list[ray.actor.ActorHandle], watchdog: Watchdog
+) -> None:
+    asking, helping = workers
+    served: list[int] = []
+
+    def service(value: int) -> ray.ObjectRef:
+        served.extend(watchdog.get([helping.answer.remote(value + 1)], timeout_s=20.0, what="help"))
+        return asking.answer.remote(7) if len(served) == 1 else asking.hang_in_this_function.remote()
+
+    watchdog.serve(asking.answer.remote(3), service)
+    busy = create_actor(Worker)
+    with pytest.raises(DeadlineExpired):
+        watchdog.get([busy.hang_in_this_function.remote()], timeout_s=8.0, what="nothing")
+    ray.kill(busy)
+    assert served == [4, 8]

@@ -237,9 +237,9 @@ class FSDPBackend:
     # --- weights
 
     def hf_tensors(self) -> Iterator[NamedTensor]:
-        return hf_named_tensors(
-            self._policy("actor").lm, dtype=self.export_dtype, bucket_bytes=self.run.update_weight_buffer_size
-        )
+        lm = self._policy("actor").lm
+        with self.host_copy.lend(itertools.chain(lm.parameters(), lm.buffers())):  # also while asleep
+            yield from hf_named_tensors(lm, dtype=self.export_dtype, bucket_bytes=self.run.update_weight_buffer_size)
 
     def copy_weights(self, source: ModelTag, target: ModelTag) -> None:
         if target not in self.models:

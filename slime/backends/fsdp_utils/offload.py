@@ -5,7 +5,8 @@ Storages are emptied in place, so that whoever holds a tensor (module, FSDP, opt
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -46,6 +47,20 @@ class HostCopy:
         torch.cuda.current_stream().synchronize()
         self._stored = []
 
+    @contextlib.contextmanager
+    def lend(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """Those of the stored tensors that are among these, to be read for a while. Nothing where none is stored."""
+        wanted = {_local(tensor).untyped_storage()._cdata for tensor in tensors}
+        lent = [(storage, host) for storage, host in self._stored if storage._cdata in wanted]
+        for storage, host in lent:
+            storage.resize_(len(host))
+            _as_bytes(storage).copy_(host)
+        try:
+            yield
+        finally:
+            for storage, _ in lent:
+                storage.resize_(0)
+
     def _reserve(self, num_bytes: int) -> None:
         """torch's own page-locked allocator would round each tensor up to a power of two."""
         if len(self._buffer) >= num_bytes:
@@ -67,9 +82,13 @@ class HostCopy:
 
 def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     """Each storage once; of a sharded tensor this rank's."""
-    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in local if tensor.is_cuda}
+    local = [_local(tensor) for tensor in tensors if tensor.is_cuda]
+    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in local}
     return [storage for pointer, storage in found.items() if pointer]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
