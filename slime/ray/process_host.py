@@ -13,6 +13,8 @@ from slime.ray.watchdog import thread_stacks
 from slime.utils.http_utils import find_free_port
 from slime.utils.processes import OwnedProcess
 
+HIGHEST_PORT = 55_535  # SGLang adds 10,000 to its own for a second one
+
 
 class ProcessHost:
     """Starts, watches and ends one process. When this actor ends, so does the process."""
@@ -28,7 +30,7 @@ class ProcessHost:
         """
         self.stop()
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
-        port = find_free_port(host)
+        port = find_free_port(host, highest=HIGHEST_PORT)
         argv = [part.replace(PORT, str(port)).replace(HOST, host).replace(HEAD, head) for part in command.argv]
         self.process = OwnedProcess(argv, log_path=self.log_dir / f"{name}.log", env={**os.environ, **command.env})
         return f"http://{host}:{port}"

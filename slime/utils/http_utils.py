@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import ipaddress
 import logging
+import random
 import socket
 import time
 import weakref
@@ -144,8 +146,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def find_free_port(host: str = "127.0.0.1") -> int:
-    """A port nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def find_free_port(host: str = "127.0.0.1", *, highest: int = 65535) -> int:
+    """A port up to `highest` that nobody listens on at the moment."""
+    candidates = [0] if highest == 65535 else [random.randrange(20_000, highest + 1) for _ in range(1000)]
+    for candidate in candidates:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, candidate))
+            return int(probe.getsockname()[1])
+    raise OSError(f"no free port was found on {host}")

@@ -141,3 +141,7 @@ def test_two_event_loops_have_clients_of_their_own() -> None:
 def test_a_free_port_can_be_bound() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", find_free_port()))
+
+
+def test_a_free_port_stays_below_what_is_asked_for() -> None:
+    assert all(find_free_port(highest=20_500) <= 20_500 for _ in range(50))

@@ -79,7 +79,7 @@ def settings(model: Path, *flags: str) -> Args:
     return parse_args(
         f"--train-backend fsdp --hf-checkpoint {model} --prompt-data unread --rollout-batch-size 4 "
         "--n-samples-per-prompt 4 --num-rollout 4 --colocate --actor-num-gpus-per-node 1 --lr 1e-4 "
-        "--use-dynamic-batch-size --max-tokens-per-gpu 512".split()
+        "--use-dynamic-batch-size --max-tokens-per-gpu 512 --no-torch-compile".split()
         + list(flags)
     )
 

@@ -1,0 +1,109 @@
+"""GRPO steps on one GPU, trainer and SGLang colocated: where the time of a step goes, and the gap of log-probs.
+
+    python -m benchmarks.gpu.grpo [--shapes qwen3-0.6B] [--transports disk tensor] [--steps 5] [--flags ...]
+
+Each step samples 32 prompts x 8 answers of up to 1,024 tokens, computes old log-probs, takes one optimizer step and
+sends the weights. Weights are random, so answers run to the end, and rewards are random; medians leave out two steps.
+`rest` is what no phase covers. Flags after --flags go to slime as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+from scripts.random_checkpoint import SHAPES, write_checkpoint
+
+WARM_UP = 2
+PHASES = {
+    "rollout": "perf/rollout_time",
+    "to training": "perf/to_training_time",
+    "log-probs": "perf/log_probs_time",
+    "train": "perf/train_time",
+    "weights": "perf/update_weights_time",
+}
+COMMON = """
+    --train-backend fsdp --colocate --actor-num-gpus-per-node 1 --rollout-engine sglang --apply-chat-template
+    --rollout-batch-size 32 --n-samples-per-prompt 8 --global-batch-size 256 --rollout-max-response-len 1024
+    --rm-type random --advantage-estimator grpo --lr 1e-6 --use-dynamic-batch-size --max-tokens-per-gpu 16384
+    --input-key prompt
+"""
+
+
+def main() -> None:
+    """Runs every shape and transport and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=["qwen3-0.6B"], choices=SHAPES)
+    parser.add_argument("--transports", nargs="+", default=["disk", "tensor"])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--logs", type=Path, default=Path("runs/benchmark-grpo"))
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[])
+    args = parser.parse_args()
+    table = Table(title="Seconds of a GRPO step, 256 samples, one GPU colocated")
+    names = [*PHASES, "rest", "step", "rollout tokens/s", "mean log-prob gap", "largest step's gap", "start, s"]
+    for name in ("shape", "transport", *names):
+        table.add_column(name)
+    for shape in args.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            model, prompts = Path(folder, "model"), Path(folder, "prompts.jsonl")
+            write_checkpoint(shape, model)
+            write_prompts(prompts)
+            for transport in args.transports:
+                run_dir = args.logs / f"{shape}-{transport}"
+                start_s = run(model, prompts, transport, run_dir, args.steps + WARM_UP, args.flags)
+                table.add_row(shape, transport, *measured(run_dir), f"{start_s:.0f}")
+                Console(width=200).print(table)
+
+
+def write_prompts(path: Path) -> None:
+    """512 prompts of some 100 to 200 bytes, which are as many tokens."""
+    rng = random.Random(0)
+    rows = [" ".join(str(rng.randrange(1000)) for _ in range(rng.randrange(25, 50))) for _ in range(512)]
+    path.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+
+
+def run(model: Path, prompts: Path, transport: str, run_dir: Path, steps: int, flags: list[str]) -> float:
+    """One run; returns the seconds until its first step began. Raises CalledProcessError where it fails."""
+    own = ["--hf-checkpoint", str(model), "--prompt-data", str(prompts), "--run-dir", str(run_dir)]
+    own += ["--num-rollout", str(steps), "--update-weight-transport", transport]
+    begin = time.time()
+    subprocess.run([sys.executable, "train.py", *COMMON.split(), *own, *flags], check=True)
+    seconds = time.time() - begin
+    return seconds - sum(row["perf/step_time"] for row in read(run_dir))
+
+
+def read(run_dir: Path) -> list[dict[str, float]]:
+    """The metrics of each step, in order."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["axis"] in ("rollout/step", "train/step"):
+            steps.setdefault(row["step"], {}).update(row["metrics"])
+    return [steps[step] for step in sorted(steps)]
+
+
+def measured(run_dir: Path) -> list[str]:
+    """The columns of one run."""
+    rows = read(run_dir)[WARM_UP:]
+    seconds = {name: median(row.get(key, 0.0) for row in rows) for name, key in PHASES.items()}
+    seconds["train"] -= seconds["log-probs"]  # which are a part of it
+    step = median(row["perf/step_time"] for row in rows)
+    rest = step - sum(seconds.values())
+    gaps = [row["train/train_rollout_logprob_abs_diff"] for row in rows]
+    speed = median(row["perf/tokens_per_sec"] for row in rows)
+    times = [f"{value:.2f}" for value in (*seconds.values(), rest, step)]
+    return [*times, f"{speed:,.0f}", f"{median(gaps):.4f}", f"{max(gaps):.4f}"]
+
+
+if __name__ == "__main__":
+    main()
