@@ -36,7 +36,9 @@ class DataConfig(Group):
     buffer_filter_path: str | None = arg(
         None, "f(args, rollout_id, buffer, num_samples): picks groups from the buffer."
     )
-    loss_mask_type: Literal["qwen", "qwen3", "distill_qwen"] = arg("qwen", "Chat family of the loss mask of SFT.")
+    loss_mask_type: Literal["qwen", "qwen3", "qwen3_5", "distill_qwen"] = arg(
+        "qwen", "Chat family of the loss mask of SFT."
+    )
     sft_overlong: Literal["cut", "drop", "error"] = arg(
         "cut",
         "SFT: what becomes of a conversation longer than --rollout-max-context-len: its end is cut off, it is "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from slime.utils.chat_template import check_shown, render_chat
 from slime.utils.types import Message
 
 if TYPE_CHECKING:
@@ -46,17 +47,11 @@ def render_prompt(
     """The text that asks for the next assistant turn: the tokenizer's chat template with its generation prompt.
 
     template_kwargs: variables of the template, such as {"enable_thinking": False}.
-    Raises ValueError where the tokenizer has no template or the template refuses these messages.
+    Raises ValueError where the tokenizer has no template, the template refuses these messages, or leaves out a part.
     """
-    import jinja2
-
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=True, **(template_kwargs or {})
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses these messages ({error})") from error
-    return str(text)
+    text = render_chat(tokenizer, messages, add_generation_prompt=True, tools=tools, template_kwargs=template_kwargs)
+    check_shown(messages, text)
+    return text
 
 
 def following_text(

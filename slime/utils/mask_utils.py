@@ -13,31 +13,34 @@ generation prompt)` must be a prefix of `render(turns up to it)`, and that of `r
 cannot be masked exactly and is an error. The families differ in what their templates do to earlier turns:
 
     qwen          nothing: each rendering is a prefix of the next
-    qwen3         drops the reasoning before the last user message. Such a turn is trained on as the whole rendering
-                  has it; it is an error if that lost some of its text
+    qwen3         drops the reasoning before the last user message, and what a generation prompt says of it. Such a turn
+                  is trained on as the whole rendering has it; it is an error if that lost some of its text
+    qwen3_5       the same, its generation prompt opens the reasoning
     distill_qwen  drops the reasoning of every turn, so only the last turn can be trained on: its content, reasoning
                   included, behind the generation prompt
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
-
+from slime.utils.chat_template import check_shown, render_chat
 from slime.utils.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENIZER_TYPES = ("qwen", "qwen3", "distill_qwen")
+TOKENIZER_TYPES = ("qwen", "qwen3", "qwen3_5", "distill_qwen")
 
 # Turns put behind a conversation to see how it is rendered when it is not the end. A system message leaves "the last
 # user message" where it was, a user message moves it.
 _PROBE_TEXT = "loss mask probe"
 _PROBES: tuple[Message, ...] = ({"role": "system", "content": _PROBE_TEXT}, {"role": "user", "content": _PROBE_TEXT})
+
+_THINK_TAG = re.compile(r"</?think>")  # around it templates put line breaks of their own
 
 Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
 
@@ -82,12 +85,19 @@ class MultiTurnLossMaskGenerator:
         clean = [{key: value for key, value in message.items() if key != "step_loss_mask"} for message in messages]
 
         def render(turns: list[Message], *, add_generation_prompt: bool = False) -> str:
-            return self._render(turns, tools, add_generation_prompt)
+            return render_chat(
+                self.tokenizer,
+                turns,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                template_kwargs=self.template_kwargs,
+            )
 
+        check_shown(clean, render(clean))
         if self.tokenizer_type == "distill_qwen" and trained:
             segments = _last_turn_segments(clean, trained, render)
         else:
-            segments = _segments(clean, trained, render, allow_shortened=self.tokenizer_type == "qwen3")
+            segments = _segments(clean, trained, render, allow_shortened=self.tokenizer_type in ("qwen3", "qwen3_5"))
         return self._encode(segments)
 
     def get_response_lengths(self, loss_masks: list[list[int]]) -> list[int]:
@@ -98,19 +108,6 @@ class MultiTurnLossMaskGenerator:
         """The text of each stretch of tokens that is trained on."""
         runs = groupby(zip(token_ids, loss_mask, strict=True), key=lambda pair: pair[1])
         return [self._decode([token_id for token_id, _ in run]) for is_trained, run in runs if is_trained]
-
-    def _render(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self.template_kwargs,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses these messages ({error})") from error
-        return str(text)
 
     def _encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
         """Tokenizes segment by segment, as a prompt and its response are at generation.
@@ -165,6 +162,7 @@ def _segments(messages: list[Message], trained: list[int], render: Render, *, al
                 "it cannot be masked exactly. Set its step_loss_mask to 0, or choose another --loss-mask-type."
             )
         start, stop = bounds
+        _check_kept(messages[number], number, whole[start:stop])
         segments += [Segment(whole[end:start], False), Segment(whole[start:stop], True)]
         end = stop
     return [*segments, Segment(whole[end:], False)]
@@ -180,22 +178,32 @@ def _bounds(messages: list[Message], number: int, whole: str, render: Render) ->
 
 
 def _shortened_bounds(messages: list[Message], number: int, whole: str, render: Render) -> tuple[int, int] | None:
-    """Where turn `number` stands in `whole`, if the template shortened it without losing text of the message."""
-    before = render(messages[:number])
-    generation_prompt = render(messages[:number], add_generation_prompt=True).removeprefix(before)
+    """Where turn `number` stands in `whole`, if the template shortened it.
+
+    It starts behind as much of the generation prompt as stands before any other words in its place, too.
+    """
     begin = _end_within(messages[:number], whole, render)
     stop = _end_within(messages[: number + 1], whole, render)
-    if begin is None or stop is None or not whole.startswith(generation_prompt, begin):
+    if begin is None or stop is None:
         return None
-    start = begin + len(generation_prompt)
+    prompt = render(messages[:number], add_generation_prompt=True).removeprefix(render(messages[:number]))
+    other = {key: value for key, value in messages[number].items() if key != "reasoning_content"}
+    replaced = render([*messages[:number], {**other, "content": _PROBE_TEXT}, *messages[number + 1 :]])
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, replaced[begin:], strict=False))
+    header = "".join(letter for letter, _ in same)
+    if not header or not whole.startswith(header, begin):
+        return None
+    return begin + len(header), stop
+
+
+def _check_kept(message: Message, number: int, rendered: str) -> None:
     for key in ("reasoning_content", "content"):
-        text = messages[number].get(key)
-        if isinstance(text, str) and text.strip() not in whole[start:stop]:
+        text = message.get(key)
+        if isinstance(text, str) and not all(part.strip() in rendered for part in _THINK_TAG.split(text)):
             raise ValueError(
-                f"message {number}: the chat template drops part of its {key} (reasoning) once the conversation goes "
-                "on. Set its step_loss_mask to 0, or end a conversation of its own with this turn."
+                f"message {number}: the chat template drops part of its {key} (of reasoning, perhaps) here. Set its "
+                "step_loss_mask to 0, or end a conversation of its own with this turn."
             )
-    return start, stop
 
 
 def _end_within(messages: list[Message], whole: str, render: Render) -> int | None:
@@ -235,4 +243,14 @@ def _last_turn_segments(messages: list[Message], trained: list[int], render: Ren
     kept = whole[len(head) : len(whole) - len(ending)]
     if not (found and whole == head + kept + ending and prompt.startswith(head) and content.endswith(kept)):
         raise ValueError(f"message {last}: the chat template is not of the family distill_qwen")
-    return [Segment(prompt, False), Segment(content.removeprefix(prompt.removeprefix(head)) + ending, True)]
+    response = _without_opening(content, prompt.removeprefix(head)) + ending
+    _check_kept(answer, last, prompt.removeprefix(head) + response)
+    return [Segment(prompt, False), Segment(response, True)]
+
+
+def _without_opening(content: str, opening: str) -> str:
+    """`content` without the `opening`, such as "<think>\n", that the generation prompt has said for it already."""
+    tag = opening.strip()
+    if content.startswith(opening) or not (tag and content.lstrip().startswith(tag)):
+        return content.removeprefix(opening)
+    return content.lstrip().removeprefix(tag).lstrip("\n")

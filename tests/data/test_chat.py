@@ -1,6 +1,7 @@
 import pytest
 
-from slime.data.chat import check_messages, render_prompt
+from slime.data.chat import check_messages, following_text, render_prompt
+from tests.helpers.qwen_templates import shipped_tokenizer
 from tests.helpers.tiny_models import make_tokenizer
 
 USER = {"role": "user", "content": "hi"}
@@ -49,3 +50,19 @@ def test_a_tokenizer_without_a_template_is_refused():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="chat_template"):
         render_prompt(tokenizer, [USER])
+
+
+def test_content_that_the_template_leaves_out_is_an_error():
+    with pytest.raises(ValueError, match="message 0: the chat template leaves out content given as a list of parts"):
+        render_prompt(
+            shipped_tokenizer("qwen3"), [{"role": "user", "content": [{"type": "text", "text": "a question"}]}]
+        )
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen3_instruct_2507", "qwen3", "deepseek_r1_distill"])
+@pytest.mark.parametrize("new", [[USER], [{"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}]])
+def test_what_follows_a_turn_is_what_shipped_templates_put_there(template, new):
+    tokenizer = shipped_tokenizer(template)
+    before = [{"role": "system", "content": "be kind"}, USER]
+    whole = render_prompt(tokenizer, [*before, {"role": "assistant", "content": "my words"}, *new])
+    assert whole.endswith("my words" + following_text(tokenizer, before, new))

@@ -253,7 +253,9 @@ def test_a_template_that_refuses_the_messages_says_why():
 
 
 def test_an_unknown_family_is_refused():
-    with pytest.raises(ValueError, match="--loss-mask-type must be one of qwen, qwen3, distill_qwen, got 'llama'"):
+    with pytest.raises(
+        ValueError, match="--loss-mask-type must be one of qwen, qwen3, qwen3_5, distill_qwen, got 'llama'"
+    ):
         MultiTurnLossMaskGenerator(make_tokenizer(), "llama")
 
 
