@@ -125,7 +125,14 @@ def _check_prompts(args: Args) -> int | None:
     assert args.prompt_data is not None
     if not args.data_source_path.startswith("slime."):
         return None
-    keys = RowKeys(args.input_key, args.label_key, args.metadata_key, args.tool_key, tuple(args.metadata_columns))
+    keys = RowKeys(
+        args.input_key,
+        args.label_key,
+        args.metadata_key,
+        args.tool_key,
+        tuple(args.metadata_columns),
+        args.completion_key,
+    )
     context = args.rollout_max_context_len if args.rollout_max_prompt_len is None else None
     count = _check_rows(args, args.prompt_data, keys, Purpose("--", args.reward_key, context))
     if count == 0:

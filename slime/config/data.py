@@ -23,6 +23,9 @@ class DataConfig(Group):
     metadata_columns: list[str] = arg(
         [], "Keys of further columns that reach plug-ins in `sample.metadata`, under these names."
     )
+    completion_key: str | None = arg(
+        None, "SFT on prompts and completions: key of the completion, a text or messages as the prompt is."
+    )
     tool_key: str = arg("tools", "Key of the tool descriptions given to the chat template.")
     apply_chat_template: bool = arg(False, "Render chat messages with the tokenizer's template.")
     apply_chat_template_kwargs: dict[str, Any] = arg({}, "JSON: further arguments of the chat template.")

@@ -293,6 +293,10 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         "brings complete samples, such as slime.rollout.sft_rollout.generate_rollout.",
     )
     _require(
+        config.completion_key is None or config.loss_type == "sft_loss",
+        "--completion-key is for supervised fine-tuning: add --loss-type sft_loss, or leave it out.",
+    )
+    _require(
         config.agent_function_path is None or config.custom_generate_function_path in (None, AGENT_GENERATE),
         "--agent-function-path and --custom-generate-function-path exclude each other: both generate a sample.",
     )

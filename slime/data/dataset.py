@@ -11,7 +11,8 @@ Without apply_chat_template the prompt stays what it is: text, or the list of me
 
 A key may lead into objects. The columns of verl are read with input_key="prompt",
 label_key="reward_model.ground_truth", metadata_key="extra_info", metadata_columns=("data_source",); those of TRL with
-input_key="prompt" (or "messages" for supervised fine-tuning) and the other columns in metadata_columns.
+input_key="prompt" and the other columns in metadata_columns; for supervised fine-tuning with input_key="messages", or
+with input_key="prompt" and completion_key="completion".
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class RowKeys:
 
     A key is that of a column, or leads into objects: "reward_model.ground_truth".
     metadata_columns: further keys, whose values enter the metadata under these names.
+    completion_key: what the prompt is answered with, a text or messages as the prompt is; it enters the metadata as
+        "completion".
     """
 
     input_key: str = "input"
@@ -48,6 +51,7 @@ class RowKeys:
     metadata_key: str | None = "metadata"
     tool_key: str | None = "tools"
     metadata_columns: tuple[str, ...] = ()
+    completion_key: str | None = None
 
     def read(self, row: Row) -> Sample:
         """The prototype of one row, its prompt as in the file. Raises ValueError with the row's location."""
@@ -56,18 +60,15 @@ class RowKeys:
         tools = self._optional(row, self.tool_key, list)
         if tools:
             metadata["tools"] = tools
-        return Sample(prompt=self._prompt(row), label=self._label(row), metadata=metadata)
-
-    def _prompt(self, row: Row) -> str | list[Message]:
-        value = _required(row, self.input_key, "--input-key")
-        if isinstance(value, list):
-            return check_messages(value, f"{row.location}: {self.input_key!r}")
-        if not isinstance(value, str) or not value:
-            raise ValueError(
-                f"{row.location}: {self.input_key!r} must be text or a list of messages, got {value!r:.80} "
-                f"({type(value).__name__})"
-            )
-        return value
+        prompt = _text_or_messages(row, self.input_key, "--input-key")
+        if self.completion_key is not None:
+            metadata["completion"] = completion = _text_or_messages(row, self.completion_key, "--completion-key")
+            if isinstance(completion, str) != isinstance(prompt, str):
+                raise ValueError(
+                    f"{row.location}: {self.input_key!r} and {self.completion_key!r} must both be text or both be "
+                    "lists of messages"
+                )
+        return Sample(prompt=prompt, label=self._label(row), metadata=metadata)
 
     def _label(self, row: Row) -> str | None:
         if self.label_key is None:
@@ -95,6 +96,17 @@ class RowKeys:
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{row.location}: {key!r} must be a {kind.__name__}, got {value!r:.80}")
         return value
+
+
+def _text_or_messages(row: Row, key: str, flag: str) -> str | list[Message]:
+    value = _required(row, key, flag)
+    if isinstance(value, list):
+        return check_messages(value, f"{row.location}: {key!r}")
+    if not isinstance(value, str) or not value:
+        raise ValueError(
+            f"{row.location}: {key!r} must be text or a list of messages, got {value!r:.80} ({type(value).__name__})"
+        )
+    return value
 
 
 def _required(row: Row, key: str, flag: str) -> Any:
@@ -161,6 +173,7 @@ class Dataset:
     metadata_key: str | None = "metadata"
     tool_key: str | None = "tools"
     metadata_columns: tuple[str, ...] = ()
+    completion_key: str | None = None
     apply_chat_template: bool = False
     apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int = 42
@@ -168,7 +181,8 @@ class Dataset:
     samples: list[Sample] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        keys = RowKeys(self.input_key, self.label_key, self.metadata_key, self.tool_key, self.metadata_columns)
+        columns = self.metadata_columns
+        keys = RowKeys(self.input_key, self.label_key, self.metadata_key, self.tool_key, columns, self.completion_key)
         samples = []
         for row in read_rows(self.path):
             sample = keys.read(row)

@@ -251,6 +251,7 @@ def _load_dataset(args: Any) -> Dataset:
         metadata_key=args.metadata_key,
         tool_key=args.tool_key,
         metadata_columns=tuple(args.metadata_columns),
+        completion_key=args.completion_key,
         apply_chat_template=args.apply_chat_template,
         apply_chat_template_kwargs=args.apply_chat_template_kwargs,
         seed=args.rollout_seed,

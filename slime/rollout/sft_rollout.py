@@ -7,6 +7,9 @@ without --apply-chat-template. A sample's response begins at the first token tha
     response_length =                                                                   3
     loss_mask       =                                                                [  1       1       0]
 
+With --completion-key prompt and completion are the conversation, and the completion alone is trained on: its text and
+the end token, or, of messages, its assistant turns.
+
 A conversation of more than --rollout-max-context-len tokens is cut at its end, left out, or refused, as --sft-overlong
 says; how many were is counted.
 """
@@ -33,17 +36,17 @@ def generate_rollout(
     if evaluation:
         raise ValueError("slime.rollout.sft_rollout has no evaluation. Give an --eval-function-path that samples.")
     generator = MultiTurnLossMaskGenerator(tokenizer_of(args), args.loss_mask_type, args.apply_chat_template_kwargs)
-    limit = Limit(args.rollout_max_context_len, args.sft_overlong)
+    options = Options(args.rollout_max_context_len, args.sft_overlong, args.completion_key is not None)
     groups: list[list[Sample]] = []
     num_dropped = 0
     while len(groups) < args.rollout_batch_size:
         drawn = data_source.get_samples(args.rollout_batch_size - len(groups))
-        kept = [group for group in drawn if all(_is_filled(sample, generator, limit) for sample in group)]
+        kept = [group for group in drawn if all(_is_filled(sample, generator, options) for sample in group)]
         groups += kept
         num_dropped += len(drawn) - len(kept)
         if num_dropped > max(len(data_source), args.rollout_batch_size) and not groups:
             raise ValueError(
-                f"all conversations are longer than --rollout-max-context-len {limit.max_context_len}: raise it, or "
+                f"all conversations are longer than --rollout-max-context-len {options.max_context_len}: raise it, or "
                 "use --sft-overlong cut."
             )
     samples = [sample for group in groups for sample in group]
@@ -55,33 +58,56 @@ def generate_rollout(
     return RolloutFnTrainOutput(groups, metrics)
 
 
-class Limit(NamedTuple):
-    """max_context_len: tokens of a conversation, None for any number. overlong: what becomes of a longer one."""
+class Options(NamedTuple):
+    """max_context_len: tokens of a conversation, None for any number. overlong: what becomes of a longer one.
+
+    has_completions: samples have a completion beside the prompt, and it alone is trained on.
+    """
 
     max_context_len: int | None
     overlong: Literal["cut", "drop", "error"]
+    has_completions: bool
 
 
-def _is_filled(sample: Sample, generator: MultiTurnLossMaskGenerator, limit: Limit) -> bool:
+def _conversation_tokens(sample: Sample, generator: MultiTurnLossMaskGenerator) -> tuple[list[int], list[int]]:
+    if isinstance(sample.prompt, str):
+        raise ValueError(
+            "supervised fine-tuning needs chat messages, this is text. Set --input-key to the messages and leave out "
+            "--apply-chat-template, or name what answers the text with --completion-key."
+        )
+    return generator.get_loss_mask(sample.prompt, tools=sample.metadata.get("tools"))
+
+
+def _completion_tokens(sample: Sample, generator: MultiTurnLossMaskGenerator) -> tuple[list[int], list[int]]:
+    """Prompt and completion, of which the completion is trained on: its text and the end token, or its turns."""
+    completion = sample.metadata["completion"]
+    if isinstance(sample.prompt, str) and isinstance(completion, str):
+        end = str(generator.tokenizer.eos_token or "")
+        texts = [sample.prompt, completion.removesuffix(end) + end]
+        prompt_ids, completion_ids = generator.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return prompt_ids + completion_ids, [0] * len(prompt_ids) + [1] * len(completion_ids)
+    if isinstance(sample.prompt, str):
+        raise ValueError("the completion is a list of messages: leave out --apply-chat-template")
+    context = [{**message, "step_loss_mask": 0} for message in sample.prompt]
+    return generator.get_loss_mask([*context, *completion], tools=sample.metadata.get("tools"))
+
+
+def _is_filled(sample: Sample, generator: MultiTurnLossMaskGenerator, options: Options) -> bool:
     """Whether `sample` was made of its conversation; False for one that is left out."""
     try:
-        return _fill(sample, generator, limit)
+        return _fill(sample, generator, options)
     except ValueError as error:
         raise ValueError(f"sample {sample.index}, prompt {sample.prompt!r:.120}: {error}") from error
 
 
-def _fill(sample: Sample, generator: MultiTurnLossMaskGenerator, limit: Limit) -> bool:
+def _fill(sample: Sample, generator: MultiTurnLossMaskGenerator, options: Options) -> bool:
     """Sets tokens, response, loss mask, reward and status from the conversation in `sample.prompt`.
 
     Returns False, with nothing set, for one that is too long and to be left out.
     """
-    max_context_len, overlong = limit
-    if isinstance(sample.prompt, str):
-        raise ValueError(
-            "supervised fine-tuning needs chat messages, this is text. Set --input-key to the messages and leave out "
-            "--apply-chat-template."
-        )
-    all_token_ids, whole_mask = generator.get_loss_mask(sample.prompt, tools=sample.metadata.get("tools"))
+    max_context_len, overlong, has_completions = options
+    encode = _completion_tokens if has_completions else _conversation_tokens
+    all_token_ids, whole_mask = encode(sample, generator)
     if max_context_len is not None and len(all_token_ids) > max_context_len:
         if overlong == "error":
             raise ValueError(

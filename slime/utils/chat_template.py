@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from slime.utils.types import Message
 
 if TYPE_CHECKING:
@@ -26,6 +24,8 @@ def render_chat(
     template_kwargs: variables of the template, such as {"enable_thinking": False}.
     Raises ValueError where the tokenizer has no template or the template refuses these messages.
     """
+    import jinja2  # not for those who only read text prompts
+
     try:
         text = tokenizer.apply_chat_template(
             messages,

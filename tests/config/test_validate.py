@@ -65,6 +65,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"save_debug_train_data": "{rollout_id}.npz"}, "a path in which {rollout_id} and {rank} is filled in"),
     ({"load_debug_rollout_data": "{rollout_id"}, "--load-debug-rollout-data must be a path in which"),
     ({"load_debug_rollout_data": "{rollout_id}", "eval_interval": 1, "eval_prompt_data": ["a", "b"]}, "needs engines"),
+    ({"completion_key": "completion"}, "--completion-key is for supervised fine-tuning: add --loss-type sft_loss"),
     # agents
     ({"agent_function_path": "a.b", "custom_generate_function_path": "c.d"}, "--agent-function-path and --custom-gen"),
     ({"agent_timeout_s": 0.0}, "--agent-timeout-s must be above 0"),

@@ -48,6 +48,18 @@ def test_columns_of_verl_are_read_through_keys_that_lead_into_objects(write):
     assert sample.metadata == {"index": 3, "data_source": "gsm8k"}
 
 
+@pytest.mark.parametrize("completion", ["2", [{"role": "assistant", "content": "2"}]])
+def test_a_completion_enters_the_metadata_and_is_of_the_kind_of_its_prompt(write, completion):
+    keys = {"input_key": "prompt", "completion_key": "completion"}
+    prompt, other = (MESSAGES, "1+1=?") if isinstance(completion, list) else ("1+1=?", MESSAGES)
+    sample = Dataset(write({"prompt": prompt, "completion": completion}), **keys)[0]
+    assert (sample.prompt, sample.metadata) == (prompt, {"completion": completion})
+    with pytest.raises(ValueError, match="jsonl:1: 'prompt' and 'completion' must both be text or both"):
+        Dataset(write({"prompt": other, "completion": completion}), **keys)
+    with pytest.raises(ValueError, match="jsonl:1: no key 'completion'.*Set --completion-key"):
+        Dataset(write({"prompt": prompt}), **keys)
+
+
 def test_a_key_with_a_dot_may_be_that_of_a_column(write):
     assert Dataset(write({"a.b": "flat", "a": {"b": "deep"}}), input_key="a.b")[0].prompt == "flat"
 

@@ -26,6 +26,7 @@ class SourceArgs:
     metadata_key: str = "metadata"
     tool_key: str = "tools"
     metadata_columns: tuple[str, ...] = ()
+    completion_key: str | None = None
     apply_chat_template: bool = False
     apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     rollout_shuffle: bool = False

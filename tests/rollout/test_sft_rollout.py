@@ -35,7 +35,8 @@ def make_args(tmp_path):
 
     def make(*prompts, **overrides):
         path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps({"messages": prompt}) + "\n" for prompt in prompts))
+        rows = [prompt if isinstance(prompt, dict) else {"messages": prompt} for prompt in prompts]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         args = SftArgs(prompt_data=str(path), hf_checkpoint=str(tmp_path / "model"), input_key="messages")
         return dataclasses.replace(args, **overrides)
 
@@ -121,3 +122,38 @@ def test_there_is_no_evaluation(make_args):
     args = make_args(CONVERSATION)
     with pytest.raises(ValueError, match="--eval-function-path"):
         generate_rollout(args, 0, RolloutDataSource(args), evaluation=True)
+
+
+COMPLETIONS = {"input_key": "prompt", "completion_key": "completion", "rollout_batch_size": 1}
+
+
+@pytest.mark.parametrize("completion", ["it is 42", "it is 42<|im_end|>"])
+def test_a_completion_of_text_is_trained_on_with_the_end_token(make_args, completion):
+    args = make_args({"prompt": "17 + 25 = ", "completion": completion}, **COMPLETIONS)
+    ((sample,),) = roll(args).samples
+    tokenizer = make_tokenizer()
+    prompt, answer = (tokenizer(text)["input_ids"] for text in ("17 + 25 = ", "it is 42<|im_end|>"))
+    assert (sample.tokens, sample.loss_mask) == (prompt + answer, [1] * len(answer))
+
+
+def test_a_completion_of_text_answers_the_prompt_that_the_chat_template_makes_of_a_text(make_args):
+    args = make_args({"prompt": "hi", "completion": "hello"}, apply_chat_template=True, **COMPLETIONS)
+    ((sample,),) = roll(args).samples
+    tokenizer = make_tokenizer()
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    own = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert sample.tokens == own[:-1] and sample.response == "hello<|im_end|>"  # the line break behind is not sampled
+
+
+def test_of_messages_the_turns_of_the_completion_alone_are_trained_on(make_args):
+    prompt = [{**turn, "step_loss_mask": 1} for turn in CONVERSATION[:3]]
+    args = make_args({"prompt": prompt, "completion": CONVERSATION[3:]}, **COMPLETIONS)
+    ((sample,),) = roll(args).samples
+    ((whole,),) = roll(make_args(CONVERSATION, rollout_batch_size=1)).samples
+    assert (sample.tokens, sample.loss_mask) == (whole.tokens, whole.loss_mask)
+
+
+def test_rendered_prompts_cannot_be_answered_by_messages(make_args):
+    row = {"prompt": CONVERSATION[:3], "completion": CONVERSATION[3:]}
+    with pytest.raises(ValueError, match="sample 0, .*leave out --apply-chat-template"):
+        roll(make_args(row, apply_chat_template=True, **COMPLETIONS))
