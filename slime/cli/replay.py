@@ -105,6 +105,7 @@ def replay_settings(args: Args, rollout_id: int, folder: Path) -> Args:
             num_rollout=rollout_id + 1,
             lr_decay_iters=args.lr_decay_iters or num_steps,
             load_debug_rollout_data=args.save_debug_rollout_data,
+            load_debug_rollout_data_subsample=None,
             save_debug_rollout_data=None,
             save_debug_train_data=f"{folder}/train_data/{{rollout_id}}_{{rank}}.npz",
             dump_details=None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slime.config.base import Group, arg, check_template
+from slime.config.base import Group, arg, check, check_template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,9 @@ class ObserveConfig(Group):
     load_debug_rollout_data: str | None = arg(
         None, "Train on the rollouts in these files, saved with the flag above; no engines, as --debug-train-only."
     )
+    load_debug_rollout_data_subsample: float | None = arg(
+        None, "Train on this share of the groups in each of these files, spread over the file; above 0, at most 1."
+    )
     save_debug_train_data: str | None = arg(
         None, "Write what each rank trained on to this path (.npz); {rollout_id} and {rank} are filled in."
     )
@@ -32,6 +35,12 @@ class ObserveConfig(Group):
     )
     custom_eval_rollout_log_function_path: str | None = arg(
         None, "f(rollout_id, args, data, extra_metrics) -> bool, for evaluations; True: nothing else is logged."
+    )
+    log_passrate: bool = arg(False, "Log pass@k of the rollout's groups, as rollout/pass@k.")
+    log_multi_turn: bool = arg(False, "Log turns and tool tokens of the rollout's samples, as rollout/multi_turn/*.")
+    log_correct_samples: bool = arg(False, "Log lengths of samples with reward 1 or more, as rollout/correct/*.")
+    log_reward_category: str | None = arg(
+        None, "Key of the reward dict that says why: shares of its values are logged, as rollout/error_cat/VALUE."
     )
     use_tensorboard: bool = arg(False, "Write TensorBoard events.")
     tb_project_name: str | None = arg(None, "Folder of the events (default: RUN_DIR/tensorboard).")
@@ -54,4 +63,6 @@ class ObserveConfig(Group):
         check_template(self, "save_debug_rollout_data", "rollout_id")
         check_template(self, "load_debug_rollout_data", "rollout_id")
         check_template(self, "save_debug_train_data", "rollout_id", "rank")
+        share = self.load_debug_rollout_data_subsample
+        check(share is None or 0 < share <= 1, "load_debug_rollout_data_subsample", "above 0 and at most 1", share)
         super().__post_init__()

@@ -48,6 +48,10 @@ def _debug(config: RunConfig) -> dict[str, Any]:
         changes["rollout_function_path"] = "slime.rollout.debug_data.generate_rollout"
         if config.num_rollout is not None:
             changes |= {"data_source_path": "slime.rollout.debug_data.NoPrompts", "rollout_global_dataset": False}
+    _require(
+        config.load_debug_rollout_data_subsample is None or config.load_debug_rollout_data is not None,
+        "--load-debug-rollout-data-subsample goes with --load-debug-rollout-data.",
+    )
     if config.debug_rollout_only:
         _require(
             not (config.debug_train_only or config.load_debug_rollout_data),

@@ -57,7 +57,7 @@ def rollout_metrics(
         "perf/tokens_per_gpu_per_sec": sum(sampled_lengths) / seconds / num_gpus,
         "perf/longest_sample_tokens_per_sec": max(sampled_lengths) / seconds,
     }
-    metrics |= _length_statistics(sampled_lengths, "rollout/response_len")
+    metrics |= length_statistics(sampled_lengths, "rollout/response_len")
     metrics |= _zero_std_counts(samples, rewards)
     metrics |= _engine_counters(samples)
     if weight_version is not None:
@@ -91,7 +91,7 @@ def eval_metrics(
         metrics[f"eval/{name}-truncated_ratio"] = sum(map(bool, entry["truncated"])) / len(rewards)
         metrics |= {f"eval/{name}-pass@{k}": rate for k, rate in pass_rates.items()}
         lengths = [sample.effective_response_length for sample in samples]
-        metrics |= _length_statistics(lengths, f"eval/{name}/response_len")
+        metrics |= length_statistics(lengths, f"eval/{name}/response_len")
     return metrics
 
 
@@ -109,15 +109,20 @@ def pass_at_k(rewards: Sequence[float], n: int, *, pass_reward: float = 1.0) -> 
     """
     if n < 1 or len(rewards) % n:
         raise ValueError(f"{len(rewards)} rewards are no multiple of {n} samples per prompt")
-    num_solved = Counter(
-        sum(reward >= pass_reward for reward in rewards[start : start + n]) for start in range(0, len(rewards), n)
-    )
+    num_solved = Counter(num_solved_at(rewards[start : start + n], pass_reward) for start in range(0, len(rewards), n))
     num_prompts = len(rewards) // n
     powers = [1 << i for i in range(n.bit_length())]
-    return {
-        k: sum(prompts * (1 - math.comb(n - c, k) / math.comb(n, k)) for c, prompts in num_solved.items()) / num_prompts
-        for k in powers
-    }
+    return {k: sum(prompts * pass_rate(n, c, k) for c, prompts in num_solved.items()) / num_prompts for k in powers}
+
+
+def num_solved_at(rewards: Sequence[float], pass_reward: float) -> int:
+    """How many rewards are that high."""
+    return sum(reward >= pass_reward for reward in rewards)
+
+
+def pass_rate(n: int, num_solved: int, k: int) -> float:
+    """Probability that one of k samples, drawn from n of which `num_solved` are right, is right."""
+    return 1 - math.comb(n - num_solved, k) / math.comb(n, k)
 
 
 def mean_reward(rewards: Sequence[float]) -> float:
@@ -138,7 +143,8 @@ def _check_lengths(num_samples: int, num_rewards: int) -> None:
         raise ValueError(f"{num_samples} samples but {num_rewards} rewards")
 
 
-def _length_statistics(lengths: Sequence[int], prefix: str) -> dict[str, float]:
+def length_statistics(lengths: Sequence[int], prefix: str) -> dict[str, float]:
+    """Mean, median, maximum and minimum."""
     return {
         f"{prefix}/mean": sum(lengths) / len(lengths),
         f"{prefix}/median": float(statistics.median(lengths)),

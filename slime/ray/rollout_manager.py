@@ -15,6 +15,7 @@ from ray import ObjectRef
 from slime.arguments import Args
 from slime.data.batch import TrainBatch, batch_from_samples
 from slime.data.convert import batch_from_dict
+from slime.observability import details
 from slime.observability.metrics import eval_metrics, rollout_metrics
 from slime.observability.trajectories import write_samples
 from slime.ray.actors import CONTROL, LIFETIME
@@ -104,7 +105,21 @@ class RolloutManager:
             num_gpus=max(1, self.args.rollout_num_gpus or 1),
             weight_version=rollout_id,
         )
-        return RolloutResult(ray.put(batch), metrics | extra)
+        return RolloutResult(ray.put(batch), metrics | self._details(samples, raw_rewards) | extra)
+
+    def _details(self, samples: list[Sample], rewards: list[float]) -> dict[str, float]:
+        """Metrics that the settings ask for."""
+        args = self.args
+        metrics: dict[str, float] = {}
+        if args.log_passrate:
+            metrics |= details.pass_rates(samples, rewards)
+        if args.log_multi_turn:
+            metrics |= details.multi_turn(samples)
+        if args.log_correct_samples:
+            metrics |= details.correct_samples(samples, rewards)
+        if args.log_reward_category is not None:
+            metrics |= details.reward_categories(samples, args.log_reward_category)
+        return metrics
 
     def _training_data(self, samples: list[Sample]) -> tuple[list[float], TrainBatch]:
         """Raw rewards, and the batch to train on."""

@@ -48,13 +48,27 @@ def load_rollout(template: str, rollout_id: int) -> Groups:
     return [[Sample.from_dict(sample) for sample in group] for group in state["groups"]]
 
 
+def subsampled(groups: Groups, share: float | None) -> Groups:
+    """That share of the groups (one at least), evenly spread; None: all."""
+    count = len(groups) if share is None else max(1, round(share * len(groups)))
+    return [groups[number * len(groups) // count] for number in range(count)]
+
+
 def generate_rollout(
     args: Any, rollout_id: int, data_source: DataSource, evaluation: bool = False
 ) -> RolloutFnTrainOutput:
     """The rollout function of --load-debug-rollout-data."""
     if evaluation:
         raise ValueError("--load-debug-rollout-data has nothing to evaluate. Leave out --eval-interval.")
-    return RolloutFnTrainOutput(load_rollout(args.load_debug_rollout_data, rollout_id))
+    groups = load_rollout(args.load_debug_rollout_data, rollout_id)
+    kept = subsampled(groups, args.load_debug_rollout_data_subsample)
+    num_samples = sum(map(len, kept))
+    needed = min(args.num_trainers * (args.num_steps_per_rollout or 1), sum(map(len, groups)))
+    if num_samples < needed:
+        raise ValueError(
+            f"--load-debug-rollout-data-subsample leaves {num_samples} samples, the trainers need {needed}: raise it"
+        )
+    return RolloutFnTrainOutput(kept)
 
 
 class NoPrompts(DataSource):

@@ -66,6 +66,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"load_debug_rollout_data": "{rollout_id"}, "--load-debug-rollout-data must be a path in which"),
     ({"load_debug_rollout_data": "{rollout_id}", "eval_interval": 1, "eval_prompt_data": ["a", "b"]}, "needs engines"),
     ({"completion_key": "completion"}, "--completion-key is for supervised fine-tuning: add --loss-type sft_loss"),
+    ({"load_debug_rollout_data_subsample": 0.5}, "--load-debug-rollout-data-subsample goes with"),
+    ({"load_debug_rollout_data_subsample": 0.0}, "--load-debug-rollout-data-subsample must be above 0 and at most 1"),
     # agents
     ({"agent_function_path": "a.b", "custom_generate_function_path": "c.d"}, "--agent-function-path and --custom-gen"),
     ({"agent_timeout_s": 0.0}, "--agent-timeout-s must be above 0"),
