@@ -25,11 +25,15 @@ class ReplayError(ValueError):
 
 
 class Start(NamedTuple):
-    """load: checkpoint folder, None for the Hugging Face directory; step: which of it. first: rollout to train on."""
+    """load: checkpoint folder, None for the Hugging Face directory; step: which of it. first: rollout to train on.
+
+    critic_load: as the flag of that name, with a critic.
+    """
 
     load: str | None
     step: int | None
     first: int
+    critic_load: str | None = None
 
 
 class Comparison(NamedTuple):
@@ -101,6 +105,7 @@ def replay_settings(args: Args, rollout_id: int, folder: Path) -> Args:
             args,
             load=start.load,
             ckpt_step=start.step,
+            critic_load=start.critic_load,
             start_rollout_id=start.first,
             num_rollout=rollout_id + 1,
             lr_decay_iters=args.lr_decay_iters or num_steps,
@@ -131,16 +136,13 @@ def replay_settings(args: Args, rollout_id: int, folder: Path) -> Args:
 
 
 def find_start(args: Args, rollout_id: int) -> Start:
-    """The nearest state before `rollout_id` from which all rollouts are there. Raises ReplayError if there is none.
-
-    A critic's checkpoints are separate, so that its run is repeated from the beginning.
-    """
+    """The nearest state before `rollout_id` from which all rollouts are there. Raises ReplayError if there is none."""
     from slime.rollout.debug_data import dump_path
 
     assert args.save_debug_rollout_data is not None
-    candidates = _checkpoints(args, rollout_id) if not (args.no_save_optim or args.needs_critic) else []
+    candidates = _checkpoints(args, rollout_id) if not args.no_save_optim else []
     load = None if args.resume else args.load
-    candidates.append(Start(load, args.ckpt_step if load else None, args.start_rollout_id or 0))
+    candidates.append(Start(load, args.ckpt_step if load else None, args.start_rollout_id or 0, args.critic_load))
     missing = []
     for start in candidates:
         paths = [dump_path(args.save_debug_rollout_data, number) for number in range(start.first, rollout_id + 1)]
@@ -152,14 +154,19 @@ def find_start(args: Args, rollout_id: int) -> Start:
 
 
 def _checkpoints(args: Args, rollout_id: int) -> list[Start]:
-    """Complete checkpoints before `rollout_id`, the nearest first."""
+    """Complete checkpoints before `rollout_id`, with the critic where there is one, the nearest first."""
     from slime.backends.fsdp_utils.checkpoint import is_complete, iteration_folder
+    from slime.config.run import critic_settings
 
     if args.save is None:
         return []
-    save = args.save
-    steps = (step for step in range(rollout_id - 1, -1, -1) if is_complete(iteration_folder(save, step)))
-    return [Start(save, step, step + 1) for step in steps]
+    save, critic_save = args.save, critic_settings(args).save if args.needs_critic else None
+    starts = []
+    for step in range(rollout_id - 1, -1, -1):
+        critic = iteration_folder(critic_save, step) if critic_save is not None else None
+        if is_complete(iteration_folder(save, step)) and (critic is None or is_complete(critic)):
+            starts.append(Start(save, step, step + 1, str(critic) if critic is not None else None))
+    return starts
 
 
 def _values_at(metrics: Any, rollout_id: int) -> dict[str, float]:
@@ -182,6 +189,8 @@ def print_comparison(rows: list[Comparison], rollout_id: int) -> None:
         table.add_column(title)
     for row in rows:
         table.add_row(row.name, repr(row.recorded), repr(row.replayed), "same" if row.is_same else "DIFFERENT")
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 100)  # else numbers are cut off
+    console.print(table)
     num_different = sum(not row.is_same for row in rows)
     print(f"{num_different} of {len(rows)} numbers differ" if num_different else "the same, bit for bit")

@@ -60,6 +60,10 @@ def _debug(config: RunConfig) -> dict[str, Any]:
         _require(
             config.save is None, "--debug-rollout-only has nothing to save: drop --save, or name a --run-dir instead."
         )
+        _require(
+            config.max_weight_staleness is None,
+            "--debug-rollout-only knows one version of the weights: drop --max-weight-staleness.",
+        )
         slots = config.num_trainers if config.colocate else config.rollout_num_gpus or 0
         _require(slots > 0, "--rollout-num-gpus must be given and above 0, or --colocate.")
         # All slots are the engines': as in a colocated run in which trainers never start.
@@ -400,7 +404,7 @@ def check_loop(config: RunConfig, *, is_async: bool) -> None:
         f"--update-weights-interval {interval} needs train_async.py: train.py updates after every rollout.",
     )
     _require(
-        not (is_async and config.colocate),
+        not (is_async and config.colocate and not config.debug_rollout_only),
         "train_async.py samples while trainers train: give engines slots of their own (--rollout-num-gpus) and drop "
         "--colocate.",
     )

@@ -46,15 +46,21 @@ def make_run(tmp_path: Path) -> Any:
 
 def test_a_step_is_repeated_from_the_nearest_checkpoint_before_it(make_run: Any, tmp_path: Path) -> None:
     args = make_run(dumps=range(10), saved=(1, 3, 5))
-    assert find_start(args, 5) == (str(tmp_path / "save"), 3, 4)
-    assert find_start(args, 4) == (str(tmp_path / "save"), 3, 4)
-    assert find_start(args, 1) == (None, None, 0)
+    assert find_start(args, 5) == (str(tmp_path / "save"), 3, 4, None)
+    assert find_start(args, 4) == (str(tmp_path / "save"), 3, 4, None)
+    assert find_start(args, 1) == (None, None, 0, None)
 
 
-def test_checkpoints_without_the_optimizer_and_of_a_critic_are_not_used(make_run: Any) -> None:
-    assert find_start(make_run(dumps=range(6), saved=(3,), no_save_optim=True), 5) == (None, None, 0)
-    critic = {"advantage_estimator": "ppo"}
-    assert find_start(make_run(dumps=range(6), **critic), 5) == (None, None, 0)
+def test_checkpoints_without_the_optimizer_or_without_the_critic_are_not_used(make_run: Any, tmp_path: Path) -> None:
+    assert find_start(make_run(dumps=range(6), saved=(3,), no_save_optim=True), 5) == (None, None, 0, None)
+    args = make_run(dumps=range(6), saved=(2, 4), advantage_estimator="ppo")
+    assert find_start(args, 5) == (None, None, 0, None)
+    critic = iteration_folder(str(tmp_path / "save" / "critic"), 2)
+    critic.mkdir(parents=True)
+    (critic / "meta.json").touch()
+    assert find_start(args, 5) == (str(tmp_path / "save"), 2, 3, str(critic))
+    again = replay_settings(args, 5, tmp_path / "again")
+    assert (again.load, again.ckpt_step, again.critic_load) == (str(tmp_path / "save"), 2, str(critic))
 
 
 def test_a_gap_in_the_dumps_is_named(make_run: Any) -> None:

@@ -68,6 +68,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"completion_key": "completion"}, "--completion-key is for supervised fine-tuning: add --loss-type sft_loss"),
     ({"load_debug_rollout_data_subsample": 0.5}, "--load-debug-rollout-data-subsample goes with"),
     ({"load_debug_rollout_data_subsample": 0.0}, "--load-debug-rollout-data-subsample must be above 0 and at most 1"),
+    ({"debug_rollout_only": True, "max_weight_staleness": 1}, "--debug-rollout-only knows one version of the weights"),
     # agents
     ({"agent_function_path": "a.b", "custom_generate_function_path": "c.d"}, "--agent-function-path and --custom-gen"),
     ({"agent_timeout_s": 0.0}, "--agent-timeout-s must be above 0"),
@@ -246,6 +247,7 @@ def test_each_loop_takes_what_is_its_own() -> None:
         resolved(colocate=True, rollout_num_gpus=None, max_weight_staleness=0, keep_old_actor=True), is_async=False
     )
     check_loop(resolved(update_weights_interval=2, max_weight_staleness=2), is_async=True)
+    check_loop(resolved(debug_rollout_only=True), is_async=True)
 
 
 def test_resolving_twice_changes_nothing() -> None:

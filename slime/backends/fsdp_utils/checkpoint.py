@@ -49,11 +49,14 @@ class Meta(NamedTuple):
 def find_checkpoint(root: str | None, step: int | None) -> Path | None:
     """The folder of step `step`, or of the last complete one; None where `root` holds no checkpoint.
 
+    root: a folder of checkpoints; without a step it may be that of one checkpoint.
     Raises CheckpointError where a step is asked for, or promised by the tracker, that is not there.
     """
     if root is None:
         return None
     tracker = Path(root) / TRACKER
+    if step is None and is_complete(Path(root)):
+        return Path(root)
     if step is None:
         if not tracker.is_file():
             return None
@@ -101,7 +104,7 @@ def save(
         for part, member in {"model": model, **(copies or {})}.items():
             dcp.save({"model": get_model_state_dict(member)}, checkpoint_id=temporary / part)
         if optimizer is not None:
-            dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=temporary / "optimizer")
+            dcp.save({"optimizer": _optimizer_state(model, optimizer)}, checkpoint_id=temporary / "optimizer")
         if on_first:
             torch.save({"torch": torch.get_rng_state()}, temporary / "rng.pt")
             (temporary / "meta.json").write_text(json.dumps(meta._asdict()))
@@ -109,6 +112,20 @@ def save(
             replace_directory(temporary, final)
             write_text_atomically(Path(root) / TRACKER, str(meta.rollout_id))
     dist.barrier()
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state to save. Of an optimizer that took no step yet (the actor's, while only the critic learns) torch makes
+    one by a step with gradients of zero, which it counts: here, and in what is saved, it does not count."""
+    is_new = not optimizer.state
+    state = get_optimizer_state_dict(model, optimizer)
+    if not is_new:
+        return state
+    for entry in optimizer.state.values():
+        for value in entry.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+    return get_optimizer_state_dict(model, optimizer)
 
 
 @contextmanager

@@ -56,6 +56,18 @@ def test_weights_and_optimizer_come_back_bit_for_bit(model: Path, tmp_path: Path
     assert all(same(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_checkpoint_from_before_the_first_step_changes_nothing(model: Path, tmp_path: Path) -> None:
+    plain = trained(model, tmp_path, weight_decay=0.1)
+    saved = make_backend(settings_for(model, weight_decay=0.1, save=str(tmp_path)))
+    saved.load()
+    saved.save(0)
+    loaded = make_backend(settings_for(model, weight_decay=0.1, load=str(tmp_path)))
+    assert loaded.load() == 1
+    for backend in (saved, loaded):
+        make_recipe(backend, settings_for(model, weight_decay=0.1), tmp_path).train(0, random_batch(seed=0))
+        assert same(full_weights(backend), full_weights(plain))
+
+
 def test_each_parameter_has_a_step_count_of_its_own_after_loading(model: Path, tmp_path: Path) -> None:
     trained(model, tmp_path, save=str(tmp_path)).save(0)
     loaded = make_backend(settings_for(model, load=str(tmp_path)))
@@ -185,6 +197,7 @@ def test_a_save_that_is_cut_short_leaves_the_last_checkpoint_valid(
             backend.save(1)
     assert len(str(failure.value).splitlines()) == 1
     found = find_checkpoint(str(tmp_path), None)
+    assert found == find_checkpoint(str(found), None)
     assert found == iteration_folder(str(tmp_path), 0)
     loaded = make_backend(settings_for(model, load=str(tmp_path)))
     assert loaded.load() == 1
