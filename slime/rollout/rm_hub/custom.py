@@ -5,7 +5,7 @@
     slime      f(args, sample, **kwargs) -> float | dict          with --group-rm f(args, samples, **kwargs) -> list
     trl        f(prompts, completions, completion_ids, **columns) -> list of floats
     verl       f(data_source, solution_str, ground_truth, extra_info) -> float | dict
-    verifiers  not a function but a Rubric, an Environment, or what returns one, such as load_environment
+    verifiers  not a function but a Rubric, an Environment, a Task, a Taskset, or what returns one
 """
 
 from __future__ import annotations
@@ -99,7 +99,11 @@ async def _verl_rewards(args: Any, path: str, samples: list[Sample], call: Call)
 
 
 async def _rubric_rewards(args: Any, path: str, samples: list[Sample], call: Call) -> Any:
-    """The rubric's weighted sum; the value of each of its functions is left in metadata["rubric"]."""
+    """The weighted sum; the value of each function is left in metadata["rubric"].
+
+    Data of a Task are made of the metadata, and the label as "answer" and under the name that --label-key gives it.
+    """
+    label_name = (args.label_key or "answer").rpartition(".")[2]
     states = [
         {
             "prompt": _prompt(args, sample),
@@ -107,6 +111,7 @@ async def _rubric_rewards(args: Any, path: str, samples: list[Sample], call: Cal
             "answer": sample.label or "",
             "info": sample.metadata.get("info", {}),
             "task": sample.metadata.get("task", "default"),
+            "columns": {**sample.metadata, **({} if sample.label is None else {label_name: sample.label})},
         }
         for sample in samples
     ]

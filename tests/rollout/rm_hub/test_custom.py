@@ -173,5 +173,5 @@ def test_a_rubric_scores_a_group_in_one_call() -> None:
 
 
 def test_what_leads_to_no_rubric_is_named() -> None:
-    with pytest.raises(RewardError, match="leads to no rubric of verifiers"):
+    with pytest.raises(RewardError, match="leads to nothing of verifiers that scores"):
         run(async_rm(settings("load_nothing", "verifiers"), Sample()))
