@@ -74,8 +74,9 @@ def following_text(
     Raises ValueError where the template refuses the messages or does not show that turn.
     """
     turns = [*before, {"role": "assistant", "content": _PROBE}, *new]
-    text = render_prompt(tokenizer, turns, tools=tools, template_kwargs=template_kwargs)
+    text = render_chat(tokenizer, turns, add_generation_prompt=True, tools=tools, template_kwargs=template_kwargs)
     _, found, behind = text.rpartition(_PROBE)
     if not found:
         raise ValueError("the chat template does not show an assistant turn as it was said: it cannot be continued")
+    check_shown(new, behind)  # what the template makes of earlier turns does not matter: their tokens are there
     return behind

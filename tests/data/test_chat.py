@@ -66,3 +66,14 @@ def test_what_follows_a_turn_is_what_shipped_templates_put_there(template, new):
     before = [{"role": "system", "content": "be kind"}, USER]
     whole = render_prompt(tokenizer, [*before, {"role": "assistant", "content": "my words"}, *new])
     assert whole.endswith("my words" + following_text(tokenizer, before, new))
+
+
+def test_of_what_follows_only_the_new_messages_must_be_shown():
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+    before = [USER, {"role": "assistant", "content": "so", "tool_calls": [call]}, {"role": "tool", "content": "1"}]
+    deepseek = shipped_tokenizer("deepseek_r1_distill")
+    assert following_text(deepseek, before, [USER]) == "<｜end▁of▁sentence｜><｜User｜>hi<｜Assistant｜><think>\n"
+    with pytest.raises(ValueError, match="message 0: the chat template leaves out content given as a list of parts"):
+        following_text(
+            shipped_tokenizer("qwen3"), [USER], [{"role": "user", "content": [{"type": "text", "text": "b"}]}]
+        )
