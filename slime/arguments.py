@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slime.backends.fsdp_utils.arguments import FSDPConfig
 from slime.backends.sglang_utils.arguments import (
@@ -36,9 +36,17 @@ class Args(RunConfig, FSDPConfig):
     __hash__ = object.__hash__
     __eq__ = object.__eq__
 
+    if not TYPE_CHECKING:  # for plug-ins; to a type checker a name that no group declares is an error
+
+        def __getattr__(self, name: str) -> Any:
+            own = self.__dict__.get("plugin_settings", {})
+            if name in own:
+                return own[name]
+            raise AttributeError(f"there is no setting {name!r}, and none of --plugin-settings")
+
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:
-    """Settings from flags (over --config, over defaults), resolved and checked against each other.
+    """Settings from --custom-config-path (over flags, over --config, over defaults), resolved and checked.
 
     Raises ConfigError with one sentence where a flag is unknown, ill-typed or contradicts another.
     """
@@ -55,7 +63,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     values |= given
     for name, extra in passed_on.items():
         values[name] = values.get(name, []) + extra
-    args = resolve(Args(**values))
+    stated = Args(**values)
+    if stated.custom_config_path is not None:
+        stated = dataclasses.replace(stated, **_from_custom_file(stated.custom_config_path, stated.plugin_settings))
+    args = resolve(stated)
     _check_supported(args)
     longest = _engine_context(args)
     return args if longest is None else with_context(args, longest)
@@ -97,6 +108,19 @@ def _from_file(path: str) -> dict[str, Any]:
         else:
             raise ConfigError(f"--config {path}: {unknown_flag_error(key, settings)}")
     return values
+
+
+def _from_custom_file(path: str, plugin_settings: dict[str, Any]) -> dict[str, Any]:
+    """What --custom-config-path says, with keys that are no settings among `plugin_settings`."""
+    settings = {setting.name: setting for group in ALL_GROUPS for setting in settings_of(group)}
+    read = read_config_file(path, "--custom-config-path")
+    values = {
+        key: check_value(settings[key], value, source=f"--custom-config-path {path}")
+        for key, value in read.items()
+        if key in settings
+    }
+    own = {key: value for key, value in read.items() if key not in settings}
+    return {**values, "plugin_settings": {**plugin_settings, **values.get("plugin_settings", {}), **own}}
 
 
 def _as_tokens(flag: str, value: Any) -> list[str]:

@@ -402,3 +402,39 @@ def test_the_reference_page_names_every_flag_with_its_default_and_choices() -> N
         assert all(f"`{flag}`" in line for flag in setting.flags)
         assert all(f"`{choice}`" in line for choice in setting.choices or ())
         assert line.count(" | ") == 3, line
+
+
+# --- settings of plug-ins
+
+
+def test_plug_ins_read_settings_of_their_own_from_args(base: list[str]) -> None:
+    args = parse_args([*base, "--plugin-settings", '{"max_turns": 3}'])
+    copies = (args, dataclasses.replace(args, num_rollout=7), pickle.loads(pickle.dumps(args)))
+    assert [copy.max_turns for copy in copies] == [3, 3, 3]  # type: ignore[attr-defined]
+    assert Args(**settings_as_dict(args), wandb_key=None, sglang_api_key=None).max_turns == 3  # type: ignore[attr-defined]
+    assert getattr(args, "min_turns", None) is None
+    with pytest.raises(AttributeError, match="there is no setting 'min_turns'"):
+        args.min_turns  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_file_of_custom_config_path_wins_over_flags_and_brings_settings_of_plug_ins(
+    base: list[str], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "own.yaml", {"rollout-batch-size": 8, "tools": ["add"], "max_turns": 5})
+    flags = ["--custom-config-path", path, "--plugin-settings", '{"max_turns": 3, "depth": 1}']
+    args = parse_args([*base, "--rollout-batch-size", "2", *flags])
+    assert args.rollout_batch_size == 8
+    assert args.plugin_settings == {"max_turns": 5, "depth": 1, "tools": ["add"]}
+    with pytest.raises(
+        ConfigError, match="--custom-config-path .*own.yaml: rollout_batch_size must be int, got 'many'"
+    ):
+        write(tmp_path / "own.yaml", {"rollout_batch_size": "many"})
+        parse_args([*base, *flags])
+    with pytest.raises(ConfigError, match="--custom-config-path: there is no file"):
+        parse_args([*base, "--custom-config-path", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize("name", ["num_trainers", "metadata_columns", "rollout_batch_size", "not a name"])
+def test_settings_of_plug_ins_have_names_of_their_own(base: list[str], name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--plugin-settings must be names that slime does not use, got {name!r}"):
+        parse_args([*base, "--plugin-settings", json.dumps({name: 1})])

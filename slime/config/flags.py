@@ -127,18 +127,18 @@ def unknown_flag_error(flag: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"Unknown setting {flag}.{hint}")
 
 
-def read_config_file(path: str) -> dict[str, Any]:
-    """The settings of a YAML or TOML file, flat. Raises ConfigError with file and reason."""
+def read_config_file(path: str, flag: str = "--config") -> dict[str, Any]:
+    """The settings of a YAML or TOML file, flat. Raises ConfigError with flag, file and reason."""
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"--config: there is no file {path}.")
+        raise ConfigError(f"{flag}: there is no file {path}.")
     try:
         text = file.read_text()
         values = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
     except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {path} cannot be read: {error}") from error
+        raise ConfigError(f"{flag}: {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"--config: {path} must be a table of settings, got {type(values).__name__}.")
+        raise ConfigError(f"{flag}: {path} must be a table of settings, got {type(values).__name__}.")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from slime.config.base import Group, arg, check, check_not_negative, check_positive
 
@@ -59,6 +59,10 @@ class RolloutConfig(Group):
     rollout_sample_filter_path: str | None = arg(
         None, "f(args, groups) -> None: sets sample.remove_sample where a sample shall not be trained on."
     )
+    custom_config_path: str | None = arg(
+        None, "YAML or TOML file whose keys win over all flags; those of no setting are --plugin-settings."
+    )
+    plugin_settings: dict[str, Any] = arg({}, "JSON: settings of your plug-ins, which read them as args.KEY.")
     rollout_all_samples_process_path: str | None = arg(
         None, "f(args, all_groups, data_source) -> None: sees every group of a rollout, dropped ones too."
     )
@@ -118,4 +122,7 @@ class RolloutConfig(Group):
         check_positive(self, "update_weights_interval")
         check(0 < self.rollout_top_p <= 1, "rollout_top_p", "above 0 and at most 1", self.rollout_top_p)
         check(self.rollout_top_k == -1 or self.rollout_top_k > 0, "rollout_top_k", "-1 or above 0", self.rollout_top_k)
+        own = {item.name for item in fields(self)} | set(dir(type(self)))
+        taken = [key for key in self.plugin_settings if not key.isidentifier() or key in own]
+        check(not taken, "plugin_settings", "names that slime does not use", ", ".join(taken))
         super().__post_init__()
