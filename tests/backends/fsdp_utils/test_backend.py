@@ -362,3 +362,13 @@ def test_placeholders_alone_make_a_step_of_no_gradient(model: Path) -> None:
     result = backend.train_step([empty], likelihood, wants=Wants())
     assert result.grad_norm == 0.0
     assert equal(full_weights(backend), before)
+
+
+def test_on_a_cpu_a_backend_that_slept_trains_as_one_that_did_not(model: Path) -> None:
+    slept, awake = loaded(model), loaded(model)
+    for _ in range(2):
+        slept.sleep()
+        slept.wake_up()
+        for backend in (slept, awake):
+            backend.train_step([one_batch()], likelihood, wants=Wants())
+    assert equal(full_weights(slept), full_weights(awake))
