@@ -1,6 +1,8 @@
 """An OpenAI-compatible server in the rollout process, on a loopback port of its own: one base URL for each session.
 
-    POST {base_url}/chat/completions      GET {base_url}/models        base_url = http://127.0.0.1:PORT/SESSION/v1
+    POST {base_url}/chat/completions    POST {base_url}/responses    GET {base_url}/models
+
+with base_url = http://127.0.0.1:PORT/SESSION/v1.
 
 It starts with the first session of an event loop and ends with the process. Streamed answers come in one piece.
 """
@@ -9,11 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import functools
 import socket
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
+from types import ModuleType
 from typing import Any
 
 import orjson
@@ -21,6 +24,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from slime.agent import chat_completions, responses
 from slime.agent.session import MODEL_NAME, BadRequest, Session
 from slime.utils.http_utils import HTTPError
 
@@ -39,7 +43,9 @@ class Front:
         self._sessions: dict[str, Session] = {}
         self._requests: dict[str, set[asyncio.Task[Any]]] = {}
         app = FastAPI(title="slime agent front", docs_url=None, redoc_url=None, openapi_url=None)
-        app.add_api_route("/{name}/v1/chat/completions", self._chat_completions, methods=["POST"], response_model=None)
+        for path, protocol in (("chat/completions", chat_completions), ("responses", responses)):
+            route = functools.partial(self._answer, protocol)
+            app.add_route(f"/{{name}}/v1/{path}", route, methods=["POST"])
         app.add_api_route("/{name}/v1/models", self._models, methods=["GET"], response_model=None)
         config = uvicorn.Config(app, log_level="warning", lifespan="off", access_log=False, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
@@ -76,7 +82,8 @@ class Front:
             return _error("this session is over", 404)
         return JSONResponse({"object": "list", "data": [{"id": MODEL_NAME, "object": "model", "owned_by": "slime"}]})
 
-    async def _chat_completions(self, name: str, request: Request) -> Response:
+    async def _answer(self, protocol: ModuleType, request: Request) -> Response:
+        name = request.path_params["name"]
         session = self._sessions.get(name)
         if session is None:
             return _error("this session is over", 404)
@@ -87,7 +94,7 @@ class Front:
         if not isinstance(body, dict):
             return _error("the body must be an object", 400)
         try:
-            answer = await self._within_session(name, session.complete(body))
+            answer = await self._within_session(name, protocol.complete(session, body))
         except BadRequest as error:
             return _error(str(error), 400)
         except HTTPError as error:
@@ -95,7 +102,7 @@ class Front:
         except asyncio.CancelledError:
             return _error("the session ended before the answer came", 410)
         if body.get("stream"):
-            return StreamingResponse(_events(answer), media_type="text/event-stream")
+            return StreamingResponse(protocol.events(answer), media_type="text/event-stream")
         return JSONResponse(answer)
 
     async def _within_session(self, name: str, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
@@ -126,16 +133,3 @@ async def close_front() -> None:
 def _error(message: str, status: int) -> Response:
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
-
-
-async def _events(answer: dict[str, Any]) -> AsyncIterator[bytes]:
-    """A whole answer as a stream: one chunk with the message, one with its end."""
-    (choice,) = answer["choices"]
-    head = {key: answer[key] for key in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    calls = [call | {"index": number} for number, call in enumerate(choice["message"].get("tool_calls") or [])]
-    delta = choice["message"] | ({"tool_calls": calls} if calls else {})
-    for part, reason in ((delta, None), ({}, choice["finish_reason"])):
-        chunk = head | {"choices": [{"index": 0, "delta": part, "finish_reason": reason}]}
-        yield f"data: {json.dumps(chunk)}\n\n".encode()
-    yield f"data: {json.dumps(head | {'choices': [], 'usage': answer['usage']})}\n\n".encode()
-    yield b"data: [DONE]\n\n"

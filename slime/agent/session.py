@@ -1,9 +1,11 @@
-"""One run of an agent: the chat completions that it asked for, recorded as samples."""
+"""One run of an agent: the turns that it asked for, recorded as samples."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from slime.agent.conversation import Conversation, sibling
@@ -12,11 +14,29 @@ from slime.rollout.sglang_rollout import SamplingParams, sampling_seed
 from slime.utils.types import Message, Sample, SampleStatus
 
 MODEL_NAME = "policy"
-_FINISH_REASONS = {SampleStatus.COMPLETED: "stop", SampleStatus.TRUNCATED: "length"}
 
 
 class BadRequest(ValueError):
     """The agent asked for what cannot be served; the message says why."""
+
+
+class TurnRequest(NamedTuple):
+    """A turn that an agent asks for. messages: the conversation so far. max_tokens: of the turn."""
+
+    messages: list[Message]
+    tools: list[Any] | None
+    max_tokens: int | None
+    stop: Sequence[str] = ()
+
+
+class Turn(NamedTuple):
+    """What the policy said, as a message. is_cut: it was at its limit."""
+
+    message: Message
+    is_cut: bool
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_completion_tokens: int
 
 
 class Known(NamedTuple):
@@ -45,6 +65,7 @@ class Session:
         self.sampling_params = sampling_params
         self.evaluation = evaluation
         self.conversations: list[Conversation] = []
+        self.responses: dict[str, list[Message]] = {}  # what was said up to each answer of /v1/responses
         self.generation_s = 0.0
         self._busy: set[Conversation] = set()
         self._num_requests = 0
@@ -54,19 +75,18 @@ class Session:
         """Those of all conversations in which the policy said something."""
         return [c.sample for c in self.conversations if c.sample.effective_response_length > 0]
 
-    async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer to the body of a `/v1/chat/completions` request. Raises BadRequest, HTTPError.
+    async def say(self, request: TurnRequest) -> Turn:
+        """The policy's next turn. Raises BadRequest, HTTPError.
 
         Temperature and nucleus are the run's, whatever the agent asks for: training divides log-probs by them.
         """
-        messages = _checked_messages(body)
-        conversation = self._conversation_for(messages, body.get("tools"))
+        conversation = self._conversation_for(request.messages, request.tools)
         self._busy.add(conversation)
         start = time.monotonic()
-        before = conversation.sample.prefix_cache_info.total_prompt_tokens, conversation.sample.response_length
+        before = dataclasses.replace(conversation.sample.prefix_cache_info)
         is_said = False
         try:
-            words = await conversation.reply(**self._turn_params(body, conversation))
+            words = await conversation.reply(**self._turn_params(request, conversation))
             is_said = True
         except ValueError as error:
             raise BadRequest(str(error)) from error
@@ -80,16 +100,20 @@ class Session:
         sample = conversation.sample
         if sample.status in (SampleStatus.ABORTED, SampleStatus.FAILED):
             raise BadRequest(f"the turn was not sampled: the sample is {sample.status.value}")
-        finish = "tool_calls" if message.get("tool_calls") else _FINISH_REASONS[sample.status]
-        num_prompt = sample.prefix_cache_info.total_prompt_tokens - before[0]
-        return _answer(message, finish, num_prompt, len(sample.tokens) - num_prompt)
+        num_prompt = sample.prefix_cache_info.total_prompt_tokens - before.total_prompt_tokens
+        return Turn(
+            message,
+            is_cut=sample.status is SampleStatus.TRUNCATED,
+            num_prompt_tokens=num_prompt,
+            num_cached_tokens=sample.prefix_cache_info.cached_tokens - before.cached_tokens,
+            num_completion_tokens=len(sample.tokens) - num_prompt,
+        )
 
-    def _turn_params(self, body: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
+    def _turn_params(self, request: TurnRequest, conversation: Conversation) -> dict[str, Any]:
         self._num_requests += 1
-        max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
-        params: dict[str, Any] = {} if max_tokens is None else {"max_tokens": int(max_tokens)}
-        if body.get("stop"):
-            params["stop"] = [body["stop"]] if isinstance(body["stop"], str) else list(body["stop"])
+        params: dict[str, Any] = {} if request.max_tokens is None else {"max_tokens": request.max_tokens}
+        if request.stop:
+            params["stop"] = request.stop
         if self._num_requests > 1:  # equal requests of one agent shall not get equal answers
             name = f"{self.sample.index}/{self._num_requests}"
             num_tokens = len(conversation.sample.tokens)
@@ -125,32 +149,3 @@ class Session:
             ):
                 return Known(conversation, num_turns, num_messages)
         return Known(conversation, 0, 0)
-
-
-def _checked_messages(body: dict[str, Any]) -> list[Message]:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRequest("messages must be a list of at least one message")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRequest(f"message {number} must be an object with a role")
-    if body.get("n") not in (None, 1):
-        raise BadRequest("n must be 1: ask several times instead")
-    return messages
-
-
-def _answer(message: Message, finish_reason: str, num_prompt: int, num_completion: int) -> dict[str, Any]:
-    choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
-    usage = {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_completion,
-        "total_tokens": num_prompt + num_completion,
-    }
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": MODEL_NAME,
-        "choices": [choice],
-        "usage": usage,
-    }
