@@ -65,7 +65,8 @@ class _Ahead(NamedTuple):
 class RolloutAhead(RolloutHandle):
     """The rollout manager one rollout ahead: it samples rollout N + 1 while N is trained on, and evaluates beside that.
 
-    The manager runs its calls in turn, so what is saved of the data source after N is from before N + 1.
+    The manager runs its calls in turn, so what is saved of the data source after N is from before N + 1. What fails
+    among them ends whatever the driver waits for, at once.
     """
 
     num_rollout: int = 0
@@ -81,14 +82,15 @@ class RolloutAhead(RolloutHandle):
             result: RolloutResult = self._get(ahead.call, "a rollout")
         self.journal.rollout_metrics |= result.metrics
         if self.args.save is not None:  # whether it becomes part of a checkpoint may turn out later, by a signal
-            self._saved = self.manager.save.remote(rollout_id)
+            self._saved = self.watchdog.watched(self.manager.save.remote(rollout_id))
         self._ahead = self._begin(rollout_id + 1) if rollout_id + 1 < self.num_rollout else None
         return result.batch
 
     def eval(self, num_trained: int) -> None:
         """Begin to evaluate; after the last rollout, wait for the end."""
         self._finish_evaluation()
-        self._evaluation = _Ahead(num_trained, self.manager.eval.remote(num_trained))
+        evaluation = self.watchdog.watched(self.manager.eval.remote(num_trained))
+        self._evaluation = _Ahead(num_trained, evaluation)
         if self._ahead is None and num_trained == self.num_rollout:
             self.finish()
 
@@ -113,7 +115,8 @@ class RolloutAhead(RolloutHandle):
         self._wait_for_save(self._saved)
 
     def _begin(self, rollout_id: int) -> _Ahead:
-        return _Ahead(rollout_id, self.manager.generate.remote(rollout_id, self.weight_version))
+        call: ObjectRef = self.manager.generate.remote(rollout_id, self.weight_version)
+        return _Ahead(rollout_id, self.watchdog.watched(call))
 
 
 class ActorGroup:

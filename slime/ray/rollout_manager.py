@@ -19,7 +19,8 @@ from slime.observability import details
 from slime.observability.metrics import eval_metrics, rollout_metrics
 from slime.observability.trajectories import write_samples
 from slime.ray.actors import CONTROL, LIFETIME
-from slime.ray.watchdog import thread_stacks, wait_for_the_end
+from slime.ray.watchdog import thread_stacks
+from slime.rollout.background import raise_first_failure
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, call_rollout_fn
 from slime.rollout.debug_data import save_rollout
 from slime.rollout.eval_data import samples_per_prompt
@@ -169,5 +170,5 @@ class RolloutManager:
 
     @ray.method(concurrency_group=LIFETIME)
     def live(self) -> None:
-        """Does not return: the call fails when this process dies, whatever else the driver waits for."""
-        wait_for_the_end()
+        """Does not return: the call fails when this process dies, or what samples between two rollouts fails."""
+        raise_first_failure()

@@ -54,7 +54,7 @@ def wait_for_the_end() -> None:
 @dataclass
 class Watchdog:
     """Waits for remote calls on behalf of the driver. `actors` are asked for their stacks when a deadline expires;
-    `monitors` are calls that only ever return by raising, such as an actor's `live`: when one does, any wait ends."""
+    `monitors` are calls that go on beside others, such as an actor's `live`: when one raises, any wait ends."""
 
     actors: dict[str, ActorHandle] = field(default_factory=dict)
     monitors: list[ObjectRef] = field(default_factory=list)
@@ -74,6 +74,11 @@ class Watchdog:
         self.actors[name] = actor
         self.monitors.append(actor.live.remote())
 
+    def watched(self, ref: ObjectRef) -> ObjectRef:
+        """`ref`, a call whose result is asked for later: until it returns, its failure ends any wait."""
+        self.monitors.append(ref)
+        return ref
+
     def get(self, refs: Sequence[ObjectRef], *, timeout_s: float, what: str) -> list[Any]:
         """The results of all `refs`; the first failure among them, or of a monitor, is raised at once.
 
@@ -84,13 +89,15 @@ class Watchdog:
         while pending := [ref for ref in refs if ref not in results]:
             if self._interruption is not None and time.monotonic() >= self._interruption[0]:
                 raise self._interruption[1]
-            done, _ = ray.wait(pending + self.monitors + list(self.services), num_returns=1, timeout=_SLICE_S)
+            beside = [ref for ref in self.monitors if ref not in pending]
+            done, _ = ray.wait(pending + beside + list(self.services), num_returns=1, timeout=_SLICE_S)
             for ref in done:
                 try:
                     if ref in self.services:
                         self._serve(ref)
                         continue
                     results[ref] = ray.get(ref)
+                    self.monitors = [monitor for monitor in self.monitors if monitor != ref]
                 except ray.exceptions.RayError as error:
                     death = self._death(ref, error, pending)
                     if death is not None:
@@ -110,7 +117,7 @@ class Watchdog:
         fail before the death is known: where others still work on the same, it is waited for."""
         if _is_death(error):
             return _Death(first, error)
-        peers = [ref for ref in pending if ref != first]
+        peers = [ref for ref in pending if ref != first] if first in pending else []
         deadline = time.monotonic() + _SETTLE_S
         while peers and (left_s := deadline - time.monotonic()) > 0:
             done, peers = ray.wait(peers, num_returns=1, timeout=left_s)

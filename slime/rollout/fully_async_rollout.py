@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import logging
 import time
 import weakref
@@ -22,6 +23,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from slime.rollout.background import report_failure
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
 from slime.rollout.data_source import DataSource, RolloutDataSourceWithBuffer
 from slime.rollout.hooks import filter_samples, process_all_samples
@@ -93,6 +95,12 @@ class UnderWay:
     prompts: list[Sample]
     task: asyncio.Task[list[Sample]]
 
+    @property
+    def samples(self) -> list[Sample] | None:
+        """What it has become; None while that is not known, and where its task did not come to its end."""
+        is_finished = self.task.done() and not self.task.cancelled() and self.task.exception() is None
+        return self.task.result() if is_finished else None
+
 
 class GroupQueue:
     """Groups under way, oldest first; all of it happens in one event loop, but for `not_taken`."""
@@ -108,13 +116,15 @@ class GroupQueue:
         wanted = (last_rollout_id + 1) * self.args.rollout_batch_size - self.num_begun
         for group in data_source.get_samples(wanted) if wanted > 0 else []:
             state = GenerateState(self.args, self.num_begun // self.args.rollout_batch_size)
-            self.groups.append(UnderWay(copy.deepcopy(group), asyncio.create_task(self._sample(group, state))))
+            task = asyncio.create_task(self._sample(group, state))
+            task.add_done_callback(self._report_failure)
+            self.groups.append(UnderWay(copy.deepcopy(group), task))
             self.num_begun += 1
 
     async def take(self, rollout_id: int, data_source: DataSource) -> RolloutFnTrainOutput:
         """The oldest batch, once it is done; samples that failed are left out. Raises ValueError where there is none,
         as soon as it is known RolloutFailed, and whatever generation raised."""
-        batch = [self.groups[place] for place in range(min(self.args.rollout_batch_size, len(self.groups)))]
+        batch = self._batch(0)
         if not batch:
             raise ValueError(f"the data source gave no prompts for rollout {rollout_id}")
         num_failed = await self._wait_for(batch)
@@ -128,12 +138,13 @@ class GroupQueue:
         process_all_samples(self.args, groups, data_source)
         return RolloutFnTrainOutput(kept, metrics)
 
+    def _batch(self, first: int) -> list[UnderWay]:
+        """The groups of one rollout, from place `first` on; fewer where the data source ended."""
+        return list(itertools.islice(self.groups, first, first + self.args.rollout_batch_size))
+
     def not_taken(self) -> list[list[Sample]]:
         """Every group that was begun and not taken: done with its rewards, else its prompts, to be sampled anew."""
-        return [
-            group.task.result() if group.task.done() and group.task.exception() is None else group.prompts
-            for group in self.groups
-        ]
+        return [group.prompts if group.samples is None else group.samples for group in self.groups]
 
     async def close(self) -> None:
         """End what is under way."""
@@ -150,17 +161,34 @@ class GroupQueue:
 
     async def _wait_for(self, batch: list[UnderWay]) -> int:
         """How many samples of the batch failed."""
-        num_samples = sum(len(group.prompts) for group in batch)
-        num_failed = 0
         for task in asyncio.as_completed([group.task for group in batch]):
-            failed = [sample for sample in await task if sample.status is SampleStatus.FAILED]
-            num_failed += len(failed)
-            if num_failed > self.args.max_failed_fraction * num_samples:
-                raise RolloutFailed(
-                    f"{num_failed} of {num_samples} samples failed, --max-failed-fraction allows "
-                    f"{self.args.max_failed_fraction:g}; one of them: {failed[0].metadata.get('failure')}"
-                )
-        return num_failed
+            await task
+            self._check_failures(batch)
+        return len(_failed(batch))
+
+    def _report_failure(self, task: asyncio.Task[list[Sample]]) -> None:
+        """Make known, long before its batch is asked for, that a group has failed, or one too many of its batch."""
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None:
+            report_failure(error)
+            return
+        place = next((place for place, group in enumerate(self.groups) if group.task is task), 0)
+        first = place - place % self.args.rollout_batch_size  # the oldest group begins a batch
+        try:
+            self._check_failures(self._batch(first))
+        except RolloutFailed as failure:
+            report_failure(failure)
+
+    def _check_failures(self, batch: list[UnderWay]) -> None:
+        """Raises RolloutFailed where more samples have failed than allowed."""
+        failed, num_samples = _failed(batch), sum(len(group.prompts) for group in batch)
+        if len(failed) > self.args.max_failed_fraction * num_samples:
+            raise RolloutFailed(
+                f"{len(failed)} of {num_samples} samples failed, --max-failed-fraction allows "
+                f"{self.args.max_failed_fraction:g}; one of them: {failed[0].metadata.get('failure')}"
+            )
 
     def _metrics(self, groups: list[list[Sample]], num_failed: int) -> dict[str, float]:
         """Failures, what else is under way, and the rate at which tokens have come since the batch before."""
@@ -176,6 +204,11 @@ class GroupQueue:
             "perf/tokens_per_sec": rate,
             "perf/tokens_per_gpu_per_sec": rate / max(1, self.args.rollout_num_gpus or 1),
         }
+
+
+def _failed(batch: list[UnderWay]) -> list[Sample]:
+    """The samples of finished groups that failed."""
+    return [sample for group in batch for sample in group.samples or [] if sample.status is SampleStatus.FAILED]
 
 
 # A run has one data source; what was taken from it and not trained on lives as long as it does.

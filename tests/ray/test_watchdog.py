@@ -138,3 +138,22 @@ def test_a_request_is_served_in_the_middle_of_a_wait_and_the_next_one_too(
         watchdog.get([busy.hang_in_this_function.remote()], timeout_s=8.0, what="nothing")
     ray.kill(busy)
     assert served == [4, 8]
+
+
+def test_the_failure_of_a_call_that_runs_ahead_ends_a_wait_for_another_at_once(
+    workers: list, watchdog: Watchdog
+) -> None:
+    watchdog.watched(workers[0].refuse.remote())
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="the line is bad") as caught:
+        watchdog.get([workers[1].hang_in_this_function.remote()], timeout_s=30, what="training on rollout 3")
+    assert caught.value.__notes__ == ["in trainer 0, while the driver waited for training on rollout 3"]
+    assert time.monotonic() - start < 2
+
+
+def test_a_call_that_runs_ahead_is_no_longer_watched_once_it_has_returned(workers: list, watchdog: Watchdog) -> None:
+    ahead = watchdog.watched(workers[0].answer.remote(1))
+    ray.wait([ahead])
+    assert watchdog.get([workers[1].answer.remote(2)], timeout_s=30, what="an answer") == [2]
+    assert watchdog.get([ahead], timeout_s=30, what="what ran ahead") == [1]
+    assert len(watchdog.monitors) == 2  # the lives of both

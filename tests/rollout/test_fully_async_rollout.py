@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -16,6 +17,7 @@ from helpers.settings import run_args
 from helpers.tiny_models import make_tiny_model
 
 from slime.arguments import Args
+from slime.rollout import background
 from slime.rollout.data_source import RolloutDataSource, RolloutDataSourceWithBuffer
 from slime.rollout.fully_async_rollout import generate_rollout_fully_async as generate_rollout
 from slime.rollout.fully_async_rollout import stop
@@ -97,6 +99,19 @@ async def third_breaks(args: Args, sample: Sample, sampling_params: dict[str, An
     return sample
 
 
+async def sixth_breaks(args: Args, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    await gated(args, sample, sampling_params)
+    if sample.index == 6:
+        sample.update_from_meta_info(args, {"finish_reason": {"type": "tea_break"}})
+    return sample
+
+
+async def sixth_raises(args: Args, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    if sample.index == 6:
+        raise KeyError("lost")
+    return await gated(args, sample, sampling_params)
+
+
 async def raises(args: Args, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
     raise KeyError("no such tool")
 
@@ -176,6 +191,20 @@ def test_a_batch_with_too_many_failures_ends_the_run(make_args: MakeArgs, source
     args = make_args("third_breaks")
     with pytest.raises(RolloutFailed, match="1 of 4 samples failed.*'tea_break'"):
         generate_rollout(args, 0, source(args))
+
+
+@pytest.mark.parametrize(("generation", "says"), [("sixth_breaks", "1 of 4 samples failed"), ("sixth_raises", "lost")])
+def test_a_failure_among_later_groups_is_reported_before_their_batch_is_asked_for(
+    make_args: MakeArgs, source: Any, monkeypatch: pytest.MonkeyPatch, generation: str, says: str
+) -> None:
+    monkeypatch.setattr(background, "_first", Future())
+    args = make_args(generation)
+    data_source = source(args)
+    assert indices(generate_rollout(args, 0, data_source)) == [0, 1, 2, 3]
+    with pytest.raises((RolloutFailed, KeyError), match=says):
+        background._first.result(10)
+    with pytest.raises((RolloutFailed, KeyError), match=says):
+        generate_rollout(args, 1, data_source)
 
 
 def test_what_a_plug_in_raises_is_raised(make_args: MakeArgs, source: Any) -> None:

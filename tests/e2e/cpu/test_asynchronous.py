@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.e2e.cpu.helpers.runs import ENGINE, TRAIN_ASYNC, Run, Starter, wait_for
+from tests.e2e.cpu.helpers.runs import ENGINE, TRAIN, TRAIN_ASYNC, Run, Starter, wait_for
 
 APART = ("--no-colocate", "--rollout-num-gpus", "1")
 FULLY_ASYNC = (*APART, "--rollout-function-path", "recorder.fully_async")
@@ -94,3 +94,18 @@ def test_an_engine_that_is_killed_under_groups_of_several_rollouts_costs_no_samp
         assert min(versions(run, rollout_id)) >= rollout_id - 2
     assert [metrics["rollout/num_failed"] for metrics in run.metrics()] == [0, 0, 0, 0]
     run.leaves_nothing(within_s=5)
+
+
+@pytest.mark.parametrize(("flags", "command"), [(APART, TRAIN_ASYNC), (FULLY_ASYNC, TRAIN)])
+def test_a_rollout_ahead_that_fails_ends_the_run_though_training_goes_on(
+    start: Starter, flags: tuple[str, ...], command: tuple[str, ...]
+) -> None:
+    run = start(
+        *(*flags, "--custom-generate-function-path", "recorder.breaks_while_rollout_0_is_trained_on"),
+        *("--rollout-data-postprocess-path", "recorder.trains_for_ever"),
+        command=command,
+    ).reaches("training_0")
+    assert run.wait(120) == 1, run.output()
+    assert "sample 8 is lost" in run.output()
+    assert "in rollout manager, while the driver waited for training on rollout 0" in run.output()
+    run.leaves_nothing()

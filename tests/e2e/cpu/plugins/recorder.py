@@ -1,5 +1,6 @@
 """A rollout function outside the package: the default one, with every sample written down."""
 
+import asyncio
 import json
 import threading
 from pathlib import Path
@@ -45,6 +46,21 @@ async def no_threes(args, sample, **kwargs):
     """A reward that a model can learn in a few steps: fewer repetitions of one token."""
     response = sample.tokens[-sample.response_length :]
     return len(set(response)) / max(1, len(response))
+
+
+async def breaks_while_rollout_0_is_trained_on(args, sample, sampling_params):
+    """The default generation; sample 8, of rollout 1, waits for the training step of rollout 0 and raises in it."""
+    if sample.index == 8:
+        while not (Path(args.run_dir) / "training_0").exists():
+            await asyncio.sleep(0.01)
+        raise KeyError("sample 8 is lost")
+    return await sglang_rollout.generate(args, sample, sampling_params)
+
+
+def trains_for_ever(args, rollout_id, rollout_data):
+    """A training step that does not end."""
+    (Path(args.run_dir) / f"training_{rollout_id}").touch()
+    threading.Event().wait()
 
 
 async def without_log_probs(args, sample, sampling_params):
