@@ -19,9 +19,10 @@ import uuid
 from typing import Any, NamedTuple
 
 from slime.data.chat import following_text, render_prompt
-from slime.rollout.sglang_rollout import SamplingParams, encode_prompt, generate
+from slime.rollout.sglang_rollout import SamplingParams, encode_prompt, generate, whole_text
 from slime.rollout.tokenizer import tokenizer_of
-from slime.utils.types import Message, PrefixCacheInfo, Sample, SampleStatus, SpecInfo
+from slime.rollout.turns import SampledTurn, keep_turn, start_over, turns_of
+from slime.utils.types import Message, Sample, SampleStatus
 
 
 class Mark(NamedTuple):
@@ -36,8 +37,8 @@ class Mark(NamedTuple):
 class Conversation:
     """Turns of one conversation; `sample` is what is trained on.
 
-    sample: its prompt is either text (the chat template was applied) or the messages so far. One that was aborted in
-        the middle of an earlier conversation starts over.
+    sample: its prompt is either text (the chat template was applied) or the messages so far. One that was interrupted
+        goes on where it was: as long as prompt and what is told come out as they did, `reply` repeats its turns.
     sampling_params: those that a generate function is given; `max_new_tokens` bounds the whole response.
     tools: descriptions for the chat template; default those of the data.
     Raises ValueError where the chat template refuses the messages.
@@ -62,8 +63,11 @@ class Conversation:
         self._new: list[Message] = []
         if sample.session_id is None:
             sample.session_id = uuid.uuid4().hex  # turns of one conversation reach the engine that knows its prefix
+        kept = sample.turns if sample.status is SampleStatus.ABORTED else []
+        self._is_masked = bool(sample.loss_mask) and not any(sample.loss_mask or [])
         if sample.response_length > 0:
             start_over(sample)
+        sample.turns = kept
         if isinstance(sample.prompt, str):
             self.messages: list[Message] = [{"role": "user", "content": sample.prompt}]
             sample.tokens = sample.tokens or encode_prompt(self.tokenizer, sample)
@@ -103,10 +107,57 @@ class Conversation:
         if max_tokens is not None:
             limit = sample.response_length + max_tokens
             settings["max_new_tokens"] = min(settings["max_new_tokens"], limit)
-        await generate(self.args, sample, settings, evaluation=self.evaluation)
+        earlier = self._repeat()
+        if earlier is None or sample.status is SampleStatus.ABORTED:
+            await self._sample(settings, earlier, num_chars)
         words = self._without_end(sample.response[num_chars:], sample.tokens[begin:])
         self.record({"role": "assistant", "content": words})
         return words
+
+    def _repeat(self) -> SampledTurn | None:
+        """The turn that was sampled here before the conversation was interrupted, said again; None if there is none."""
+        place, begin = len(self.marks), self._last_end.num_tokens
+        turns = turns_of(self.sample)
+        if place >= len(turns) or turns[place].told != self.sample.tokens[begin:]:
+            self.sample.turns = self.sample.turns[:place]
+            return None
+        turns[place].append_to(self.sample, is_trained=not self._is_masked)
+        return turns[place]
+
+    async def _sample(self, settings: SamplingParams, earlier: SampledTurn | None, num_chars: int) -> None:
+        """Sample a turn, or the rest of one of which `earlier` is the beginning, and keep it with the sample.
+
+        num_chars: of the response in front of the turn.
+        """
+        sample, end = self.sample, self._last_end
+        num_earlier = len(earlier.tokens) if earlier else 0
+        num_tokens, text_end = len(sample.tokens), len(sample.response)
+        num_versions = len(sample.weight_versions) - (len(earlier.weight_versions) if earlier else 0)
+        begin = num_tokens - num_earlier
+        sample.status = SampleStatus.PENDING
+        await generate(self.args, sample, settings, evaluation=self.evaluation)
+        if num_earlier:
+            skip = bool(settings["skip_special_tokens"])
+            new = len(sample.tokens) - num_tokens
+            text = whole_text(self.tokenizer, sample.tokens[begin:], new, sample.response[text_end:], skip=skip)
+            sample.response = sample.response[:num_chars] + text
+        log_probs = sample.rollout_log_probs
+        turn = SampledTurn(
+            told=sample.tokens[end.num_tokens : begin],
+            told_text=sample.response[end.num_chars : num_chars],
+            tokens=sample.tokens[begin:],
+            text=sample.response[num_chars:],
+            log_probs=None if log_probs is None else log_probs[len(log_probs) - (len(sample.tokens) - begin) :],
+            weight_versions=sample.weight_versions[num_versions:],
+            status=sample.status.value,
+            is_trained=not (self._is_masked and num_earlier > 0),
+        )
+        keep_turn(sample, len(self.marks), turn)
+
+    @property
+    def _last_end(self) -> Mark:
+        """Where the last turn ended."""
+        return self.marks[-1] if self.marks else Mark(0, 0, 0, 0)
 
     def record(self, message: Message) -> None:
         """Note the turn just sampled as `message`: the last one again, where it is to be known in another form."""
@@ -176,13 +227,3 @@ def sibling(sample: Sample) -> Sample:
     other.metadata = dict(sample.metadata)
     start_over(other)
     return other
-
-
-def start_over(sample: Sample) -> None:
-    """Take back all that was generated."""
-    sample.tokens, sample.response, sample.response_length = [], "", 0
-    sample.loss_mask = sample.rollout_log_probs = sample.reward = None
-    sample.weight_versions = []
-    sample.status = SampleStatus.PENDING
-    sample.spec_info, sample.prefix_cache_info = SpecInfo(), PrefixCacheInfo()
-    sample.non_generation_time = 0.0

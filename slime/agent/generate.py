@@ -17,7 +17,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from slime.agent.conversation import start_over
 from slime.agent.front import front_of_loop
 from slime.agent.session import Session
 from slime.rollout.sglang_rollout import SamplingParams
@@ -32,8 +31,8 @@ async def generate(
 ) -> list[Sample] | Sample:
     """Run the agent of --agent-function-path on `sample`; the samples of its conversations.
 
-    An agent that raises, asks for nothing, or takes longer than --agent-timeout-s leaves `sample` FAILED. One whose
-    turn was aborted leaves it ABORTED and as it was before: it starts over where aborted samples are taken up again.
+    An agent that raises, asks for nothing, or takes longer than --agent-timeout-s leaves `sample` FAILED. Where a turn
+    was aborted some of the samples are ABORTED: the agent starts over, for nobody can bring it back to where it was.
     """
     agent = load_function(args.agent_function_path)
     front = await front_of_loop()
@@ -49,9 +48,7 @@ async def generate(
     except Exception as error:  # an agent may raise anything; it fails its sample, by name
         failure = f"the agent raised {type(error).__name__}: {error}"
     if any(conversation.sample.status is SampleStatus.ABORTED for conversation in session.conversations):
-        start_over(sample)
-        sample.status = SampleStatus.ABORTED
-        return sample
+        return [conversation.sample for conversation in session.conversations]
     samples = session.samples
     if failure or not samples:
         return _failed(sample, failure or "the agent asked for no chat completion that the policy answered")

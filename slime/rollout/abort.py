@@ -24,7 +24,8 @@ async def abort(args: Any, rollout_id: int | None, *, state: GenerateState) -> l
 
     Unfinished samples are ABORTED with the tokens they have, finished ones whose reward was still to come have none.
     A generation function that does not end within --rollout-abort-timeout-s is cancelled, its sample set back to its
-    prompt. Ends every request at the engines, whoever sent it. Raises TimeoutError if a task ignores being cancelled.
+    prompt, or to the last turn of its conversation. Ends every request at the engines, whoever sent it. Raises
+    TimeoutError if a task ignores being cancelled.
     """
     state.is_aborted = True
     started, patience_s = time.monotonic(), args.rollout_abort_timeout_s

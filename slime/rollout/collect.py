@@ -149,11 +149,9 @@ class _Collection:
             self.data_source.add_samples(groups)
             self.rest_metrics = {"rollout/partial/buffered_groups": float(len(groups))}
             self.rest_metrics["rollout/partial/buffered_tokens"] = float(num_tokens)
-            lost = self.state.num_lost_tokens
         else:
             self.rest_metrics = {"rollout/over_sampling/discarded_groups": float(len(groups))}
-            lost = self.state.num_lost_tokens + num_tokens
-        self.rest_metrics["rollout/over_sampling/discarded_tokens"] = float(lost)
+            self.state.num_lost_tokens += num_tokens
 
     async def close(self) -> None:
         """Cancel whatever still runs."""
@@ -171,6 +169,8 @@ class _Collection:
         failed = self.state.num_failed
         metrics = {"rollout/failed": failed / max(1, self.num_samples), "rollout/num_failed": float(failed)}
         metrics |= self.drops.collect() | self.rest_metrics
+        if self.rest_metrics or self.state.num_lost_tokens:
+            metrics["rollout/over_sampling/discarded_tokens"] = float(self.state.num_lost_tokens)
         if self.args.partial_rollout:
             metrics["rollout/partial/continued_samples"] = float(self.num_continued)
         return Collected([group for group in kept if group], [finished[place] for place in sorted(finished)], metrics)

@@ -23,6 +23,7 @@ from slime.rollout.hooks import filter_samples, process_all_samples, run_sample_
 from slime.rollout.rm_hub import RewardError, async_rm, batched_async_rm
 from slime.rollout.state import GenerateState, RolloutFailed, SamplingParams
 from slime.rollout.tokenizer import tokenizer_of
+from slime.rollout.turns import back_to_last_turn, num_tokens_lost
 from slime.utils.async_utils import run
 from slime.utils.http_utils import HTTPError, post
 from slime.utils.misc import load_function, rare_garbage_collection
@@ -86,7 +87,8 @@ async def generate(args: Any, sample: Sample, sampling_params: SamplingParams, *
     sample.append_response_tokens(args, **segment)
     if is_continued:
         skip = bool(params["skip_special_tokens"])
-        sample.response = _whole_text(tokenizer, sample, len(segment["tokens"]), segment["text"], skip=skip)
+        response = sample.tokens[-sample.response_length :]
+        sample.response = whole_text(tokenizer, response, len(segment["tokens"]), segment["text"], skip=skip)
     return sample
 
 
@@ -104,13 +106,13 @@ def _segment(output: Any, url: str) -> dict[str, Any]:
     return {"tokens": tokens, "log_probs": log_probs, "meta_info": meta_info, "text": text}
 
 
-def _whole_text(tokenizer: Any, sample: Sample, num_new: int, new_text: str, *, skip: bool) -> str:
-    """The text of a response in several segments, decoded at once: characters may lie across their border.
+def whole_text(tokenizer: Any, token_ids: list[int], num_new: int, new_text: str, *, skip: bool) -> str:
+    """The text of several segments, decoded at once: characters may lie across their border.
 
     num_new, new_text: tokens of the last segment, and its text without what the engine took off, such as a stop string.
     """
-    new_alone = tokenizer.decode(sample.tokens[len(sample.tokens) - num_new :], skip_special_tokens=skip)
-    whole: str = tokenizer.decode(sample.tokens[-sample.response_length :], skip_special_tokens=skip)
+    new_alone = tokenizer.decode(token_ids[len(token_ids) - num_new :], skip_special_tokens=skip)
+    whole: str = tokenizer.decode(token_ids, skip_special_tokens=skip)
     return whole[: len(whole) - max(0, len(new_alone) - len(new_text))]
 
 
@@ -190,28 +192,43 @@ async def _generate_unless_aborted(
     if sample.status in GENERATED:
         return sample
     num_prompt_tokens, rollout_id = len(sample.tokens) - sample.response_length, sample.rollout_id
+    turns = sample.turns
     with state.interruptible(state.generating):
         async with state.semaphore:
             if state.is_aborted:
                 sample.status = SampleStatus.ABORTED
                 return sample
-            output = await _generate_to_its_end(args, sample, sampling_params, evaluation, state=state)
-        if isinstance(output, Sample) or all(member.status is not SampleStatus.ABORTED for member in output):
-            return output
-        state.num_lost_tokens += sum(member.response_length for member in output)
-        return _back_to_prompt(sample, num_prompt_tokens, rollout_id)
-    state.num_lost_tokens += sample.response_length
-    return _back_to_prompt(sample, num_prompt_tokens, rollout_id)
+            return await _generate_to_its_end(args, sample, sampling_params, evaluation, state=state)
+    num_sampled = sample.effective_response_length
+    _back_to_prompt(sample, num_prompt_tokens, rollout_id)
+    if sample.turns:
+        back_to_last_turn(sample)
+    num_cut = max(0, num_sampled - sample.effective_response_length)
+    state.num_lost_tokens += num_cut + num_tokens_lost(turns, sample.turns)
+    return sample
 
 
 async def _generate_to_its_end(
     args: Any, sample: Sample, sampling_params: SamplingParams, evaluation: bool, *, state: GenerateState
 ) -> Sample | list[Sample]:
-    """What generation makes of `sample`, continued where it was interrupted though nobody here called `abort`."""
-    output: Sample | list[Sample] = sample
+    """What generation makes of `sample`, continued where it was interrupted though nobody here called `abort`.
+
+    Where one of several samples is ABORTED none is kept: it is `sample`, ABORTED, and starts over.
+    """
+    num_prompt_tokens, rollout_id = len(sample.tokens) - sample.response_length, sample.rollout_id
     for _ in range(MAX_INTERRUPTIONS):
+        turns = sample.turns
         output = await _generate(args, sample, sampling_params, evaluation)
-        if isinstance(output, list) or output.status is not SampleStatus.ABORTED or state.is_aborted:
+        if isinstance(output, list) and any(member.status is SampleStatus.ABORTED for member in output):
+            state.num_lost_tokens += sum(member.effective_response_length for member in output)
+            output, sample.turns = _back_to_prompt(sample, num_prompt_tokens, rollout_id), []
+        members = output if isinstance(output, list) else [output]
+        state.num_lost_tokens += num_tokens_lost(turns, members[0].turns if members else [])
+        if isinstance(output, list) or output.status is not SampleStatus.ABORTED:
+            for member in members:
+                member.turns = []
+            return output
+        if state.is_aborted:
             return output
         sample = output
     raise HTTPError(f"somebody ended the request at the engine {MAX_INTERRUPTIONS} times", None)

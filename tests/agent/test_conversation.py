@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from helpers.embedded_engine import EngineUnderTest, running_engine
-from helpers.scripted_engine import ABORTED, router_flags, scripted_engine
+from helpers.scripted_engine import router_flags, scripted_engine
 from helpers.tiny_models import CHAT_TEMPLATE
 
 from slime.agent.conversation import Conversation
@@ -127,21 +127,6 @@ def test_rewinding_takes_back_all_since_the_last_reply(make_args: Any, engine: E
     conversation.rewind()
     assert conversation.sample.to_dict() == {**state, "loss_mask": [1] * 5}
     assert len(conversation.messages) == 2
-
-
-def test_a_conversation_that_was_aborted_starts_over(make_args: Any, model: Path) -> None:
-    tokenizer = tokenizer_of(_Settings(str(model)))
-    says = iter(["hello", ABORTED, "hello"])
-    with scripted_engine(tokenizer, lambda text: next(says)) as (played, flags):
-        conversation = conversation_on(make_args(*flags))
-        run(conversation.reply())
-        conversation.add(MORE)
-        run(conversation.reply())
-        assert conversation.sample.status is SampleStatus.ABORTED and not conversation.can_go_on
-        again = Conversation(conversation.args, conversation.sample, conversation.sampling_params)
-        run(again.reply())
-    assert again.sample.response == f"hello{END}" and played.inputs[0] == played.inputs[2]
-    again.sample.check()
 
 
 def test_what_comes_before_the_first_reply_belongs_in_the_prompt(make_args: Any) -> None:

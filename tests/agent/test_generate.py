@@ -12,7 +12,6 @@ import pytest
 from helpers.embedded_engine import EngineUnderTest
 from helpers.scripted_engine import ABORTED, router_flags, scripted_engine
 
-from slime.agent.generate import generate
 from slime.rollout.data_source import RolloutDataSource
 from slime.rollout.sglang_rollout import GenerateState, generate_and_rm, generate_rollout
 from slime.rollout.tokenizer import tokenizer_of
@@ -52,6 +51,18 @@ def two_turns(base_url: str, sample: Sample) -> float:
         messages += [answer.choices[0].message, {"role": "user", "content": "and again?"}]
     seen["usage"] = answer.usage
     return 0.5
+
+
+told: dict[str, GenerateState] = {}
+
+
+def told_to_end(base_url: str, sample: Sample) -> float:
+    """The rollout ends while the agent is at its second turn."""
+    client, messages = client_of(base_url), list(sample.prompt)
+    messages += [ask(client, messages).choices[0].message, QUESTION]
+    told["state"].is_aborted = True
+    ask(client, messages)
+    return 1.0
 
 
 async def several_conversations(base_url: str, sample: Sample) -> None:
@@ -178,18 +189,29 @@ def test_an_agent_that_fails_fails_its_sample(make_args: Any, engine: EngineUnde
     assert sample.status is SampleStatus.FAILED and reason in sample.metadata["failure"]
 
 
-def test_an_agent_whose_turn_was_aborted_starts_over_as_if_nothing_had_been(make_args: Any) -> None:
+def test_an_agent_whose_turn_was_aborted_starts_over_and_its_tokens_are_counted(make_args: Any) -> None:
     says = iter(["hello", ABORTED, "hello", "world"])
-    with scripted_engine(tokenizer_of(make_args()), lambda text: next(says)) as (_, flags):
+    with scripted_engine(tokenizer_of(make_args()), lambda text: next(says)) as (played, flags):
         args = make_args(*agent("two_turns"), *flags)
         sample = Sample(index=7, group_index=0, prompt=[QUESTION])
-        params = GenerateState(args).sampling_params
-        aborted = run(generate(args, sample, params))
-        assert aborted is sample and sample.status is SampleStatus.ABORTED
-        assert (sample.tokens, sample.response_length, sample.prompt) == ([], 0, [QUESTION])
-        (again,) = run(generate_and_rm(args, sample, params))  # type: ignore[misc]
-    assert again.status is SampleStatus.COMPLETED and again.response.startswith("hello<|im_end|>")
-    assert again.response.endswith("world<|im_end|>") and len(again.weight_versions) == 2
+        state = GenerateState(args)
+        (finished,) = run(generate_and_rm(args, sample, state.sampling_params, state=state))  # type: ignore[misc]
+    assert finished.status is SampleStatus.COMPLETED and finished.response.startswith("hello<|im_end|>")
+    assert finished.response.endswith("world<|im_end|>") and len(finished.weight_versions) == 2
+    assert finished.effective_response_length + state.num_lost_tokens == played.num_generated
+    assert state.num_lost_tokens > 1 and finished.turns == []
+
+
+def test_an_agent_that_was_told_to_end_is_its_prompt_again(make_args: Any) -> None:
+    says = iter(["hello", ABORTED])
+    with scripted_engine(tokenizer_of(make_args()), lambda text: next(says)) as (_, flags):
+        args = make_args(*agent("told_to_end"), *flags)
+        sample = Sample(index=7, group_index=0, prompt=[QUESTION])
+        state = told["state"] = GenerateState(args)
+        aborted = run(generate_and_rm(args, sample, state.sampling_params, state=state))
+    assert aborted is sample and sample.status is SampleStatus.ABORTED and sample.rollout_id is None
+    assert (sample.tokens, sample.response_length, sample.prompt) == ([], 0, [QUESTION])
+    assert state.num_lost_tokens > 1
 
 
 def test_a_session_that_is_over_answers_nothing(make_args: Any, engine: EngineUnderTest) -> None:

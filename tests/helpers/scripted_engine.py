@@ -27,6 +27,7 @@ class ScriptedEngine:
         self.tokenizer = tokenizer
         self.script = script
         self.inputs: list[list[int]] = []
+        self.num_generated = 0  # tokens, of all answers
 
     async def generate(self, request: web.Request) -> web.Response:
         """One request of the protocol."""
@@ -42,6 +43,7 @@ class ScriptedEngine:
         if text == ABORTED:
             token_ids, reason = token_ids[:1], {"type": "abort"}
         token_ids = token_ids[:limit]
+        self.num_generated += len(token_ids)
         meta_info = {
             "finish_reason": reason,
             "prompt_tokens": len(input_ids),
