@@ -43,6 +43,9 @@ async def generate(
         with front.serving(session) as base_url:
             async with asyncio.timeout(args.agent_timeout_s):
                 reward = await _run(agent, base_url, sample)
+    except asyncio.CancelledError:
+        _take_along(sample, session)
+        raise
     except TimeoutError:
         failure = f"the agent did not end within --agent-timeout-s {args.agent_timeout_s:g}"
     except Exception as error:  # an agent may raise anything; it fails its sample, by name
@@ -63,6 +66,15 @@ async def _run(agent: Any, base_url: str, sample: Sample) -> float | dict[str, A
         reward: float | dict[str, Any] | None = await agent(base_url, sample)
         return reward
     return await asyncio.get_running_loop().run_in_executor(_threads(), agent, base_url, sample)
+
+
+def _take_along(sample: Sample, session: Session) -> None:
+    """Put what was sampled into `sample`, for whoever takes it back to its prompt to count as lost."""
+    for member in session.samples:
+        response = member.tokens[-member.response_length :]
+        mask = member.loss_mask or [1] * len(response)
+        sampled = [token for token, is_sampled in zip(response, mask, strict=True) if is_sampled]
+        sample.append_response_tokens(tokens=sampled)
 
 
 @functools.cache

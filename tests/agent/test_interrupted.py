@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import openai
 import pytest
 from helpers.embedded_engine import EngineUnderTest
 from helpers.scripted_engine import ABORTED, ScriptedEngine, router_flags, scripted_engine
@@ -230,3 +231,34 @@ def test_a_tool_that_hangs_when_the_rollout_ends_is_asked_again_and_no_turn_is_l
     assert {0, 3} <= {sample.index for group in again.samples for sample in group}
     assert tool_calls.count(0) == tool_calls.count(3) == 2
     assert sampled(output.samples + again.samples + source.buffer) == generated_tokens(engine) - before
+
+
+async def long_agent(base_url: str, sample: Sample) -> float:
+    """Odd prompts: one short turn. Even ones: a turn, a tool that hangs the first time, and a turn."""
+    is_long = sample.metadata["n"] % 2 == 0
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+        first = await client.responses.create(model="m", input="hi", max_output_tokens=TURN if is_long else 3)
+        if is_long:
+            if sample.index in hanging:
+                hanging.discard(sample.index)
+                await asyncio.Event().wait()
+            await client.responses.create(model="m", input="42", previous_response_id=first.id, max_output_tokens=TURN)
+    return 1.0
+
+
+def test_an_agent_that_hangs_in_a_tool_when_the_rollout_ends_starts_over_and_its_tokens_are_counted(
+    partial_args: Callable[..., Args], engine: EngineUnderTest
+) -> None:
+    agent = ("--agent-function-path", f"{__name__}.long_agent", "--custom-generate-function-path")
+    args = partial_args("three_turns", "--rollout-abort-timeout-s", "0.2", *agent, "slime.agent.generate.generate")
+    hanging.update({0, 1})  # the first group
+    source = RolloutDataSourceWithBuffer(args)
+    before, trained, discarded = generated_tokens(engine), [], 0.0
+    for rollout_id in range(4):
+        output: Any = generate_rollout(args, rollout_id, source)
+        trained += output.samples
+        discarded += output.metrics.get("rollout/over_sampling/discarded_tokens", 0)
+    assert discarded > 0 and not hanging
+    assert sampled(trained) + sampled(source.buffer) + discarded == generated_tokens(engine) - before
+    indices = [sample.index for group in trained + source.buffer for sample in group]
+    assert sorted(indices) == list(range(len(indices)))
