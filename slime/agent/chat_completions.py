@@ -15,12 +15,11 @@ from slime.utils.types import Message
 async def complete(session: Session, body: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request. Raises BadRequest, HTTPError."""
     stop = body.get("stop") or []
-    max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
     turn = await session.say(
         TurnRequest(
             messages=_checked_messages(body),
             tools=body.get("tools"),
-            max_tokens=None if max_tokens is None else int(max_tokens),
+            max_tokens=body.get("max_completion_tokens") or body.get("max_tokens"),
             stop=[stop] if isinstance(stop, str) else list(stop),
         )
     )

@@ -64,7 +64,8 @@ class Conversation:
         if sample.session_id is None:
             sample.session_id = uuid.uuid4().hex  # turns of one conversation reach the engine that knows its prefix
         kept = sample.turns if sample.status is SampleStatus.ABORTED else []
-        self._is_masked = bool(sample.loss_mask) and not any(sample.loss_mask or [])
+        if sample.loss_mask and not any(sample.loss_mask):  # --mask-offpolicy-in-partial-rollout
+            kept = [turn | {"is_trained": False} for turn in kept]
         if sample.response_length > 0:
             start_over(sample)
         sample.turns = kept
@@ -121,7 +122,7 @@ class Conversation:
         if place >= len(turns) or turns[place].told != self.sample.tokens[begin:]:
             self.sample.turns = self.sample.turns[:place]
             return None
-        turns[place].append_to(self.sample, is_trained=not self._is_masked)
+        turns[place].append_to(self.sample)
         return turns[place]
 
     async def _sample(self, settings: SamplingParams, earlier: SampledTurn | None, num_chars: int) -> None:
@@ -150,7 +151,7 @@ class Conversation:
             log_probs=None if log_probs is None else log_probs[len(log_probs) - (len(sample.tokens) - begin) :],
             weight_versions=sample.weight_versions[num_versions:],
             status=sample.status.value,
-            is_trained=not (self._is_masked and num_earlier > 0),
+            is_trained=earlier is None or num_earlier == 0 or earlier.is_trained,
         )
         keep_turn(sample, len(self.marks), turn)
 

@@ -27,13 +27,12 @@ async def complete(session: Session, body: dict[str, Any]) -> dict[str, Any]:
     said = [*_earlier(session, body.get("previous_response_id")), *_messages(body.get("input"))]
     instructions = body.get("instructions")
     system = [{"role": "system", "content": instructions}] if instructions else []
-    max_tokens = body.get("max_output_tokens")
     tools = [_tool(tool) for tool in body.get("tools") or []]
     turn = await session.say(
         TurnRequest(
             messages=[*system, *said],
             tools=tools or None,
-            max_tokens=None if max_tokens is None else int(max_tokens),
+            max_tokens=body.get("max_output_tokens"),
         )
     )
     answer = _answer(turn, body)

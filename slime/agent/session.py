@@ -80,7 +80,12 @@ class Session:
 
         Temperature and nucleus are the run's, whatever the agent asks for: training divides log-probs by them.
         """
-        conversation = self._conversation_for(request.messages, request.tools)
+        if request.max_tokens is not None and not (isinstance(request.max_tokens, int) and request.max_tokens > 0):
+            raise BadRequest(f"the tokens of a turn must be a number above 0, got {request.max_tokens!r:.80}")
+        try:
+            conversation = self._conversation_for(request.messages, request.tools)
+        except ValueError as error:  # the chat template refuses them
+            raise BadRequest(str(error)) from error
         self._busy.add(conversation)
         start = time.monotonic()
         before = dataclasses.replace(conversation.sample.prefix_cache_info)

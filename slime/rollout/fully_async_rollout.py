@@ -162,8 +162,8 @@ class GroupQueue:
     async def _wait_for(self, batch: list[UnderWay]) -> int:
         """How many samples of the batch failed."""
         for task in asyncio.as_completed([group.task for group in batch]):
-            await task
-            self._check_failures(batch)
+            if _has_failed(await task):
+                self._check_failures(batch)
         return len(_failed(batch))
 
     def _report_failure(self, task: asyncio.Task[list[Sample]]) -> None:
@@ -173,7 +173,10 @@ class GroupQueue:
         error = task.exception()
         if error is not None:
             report_failure(error)
-            return
+        elif _has_failed(task.result()):
+            self._report_too_many(task)
+
+    def _report_too_many(self, task: asyncio.Task[list[Sample]]) -> None:
         place = next((place for place, group in enumerate(self.groups) if group.task is task), 0)
         first = place - place % self.args.rollout_batch_size  # the oldest group begins a batch
         try:
@@ -204,6 +207,10 @@ class GroupQueue:
             "perf/tokens_per_sec": rate,
             "perf/tokens_per_gpu_per_sec": rate / max(1, self.args.rollout_num_gpus or 1),
         }
+
+
+def _has_failed(group: list[Sample]) -> bool:
+    return any(sample.status is SampleStatus.FAILED for sample in group)
 
 
 def _failed(batch: list[UnderWay]) -> list[Sample]:

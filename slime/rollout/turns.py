@@ -30,10 +30,11 @@ class SampledTurn:
     status: str
     is_trained: bool
 
-    def append_to(self, sample: Sample, *, is_trained: bool = True) -> None:
+    def append_to(self, sample: Sample) -> None:
         """Say it again."""
-        trainable = self.is_trained and is_trained
-        sample.append_response_tokens(tokens=self.tokens, log_probs=self.log_probs, trainable=trainable, text=self.text)
+        sample.append_response_tokens(
+            tokens=self.tokens, log_probs=self.log_probs, trainable=self.is_trained, text=self.text
+        )
         sample.weight_versions = sample.weight_versions + self.weight_versions
         sample.status = SampleStatus(self.status)
 

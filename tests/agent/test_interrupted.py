@@ -215,7 +215,7 @@ def test_no_token_of_interrupted_conversations_is_sampled_twice_or_lost_over_a_r
 def test_a_tool_that_hangs_when_the_rollout_ends_is_asked_again_and_no_turn_is_lost(
     partial_args: Callable[..., Args], engine: EngineUnderTest
 ) -> None:
-    args = partial_args("asks_a_tool", "--rollout-abort-timeout-s", "0.2")
+    args = partial_args("asks_a_tool", "--rollout-abort-timeout-s", "3")
     hanging.update({0, 3})
     tool_calls.clear()
     observations.clear()
@@ -250,7 +250,7 @@ def test_an_agent_that_hangs_in_a_tool_when_the_rollout_ends_starts_over_and_its
     partial_args: Callable[..., Args], engine: EngineUnderTest
 ) -> None:
     agent = ("--agent-function-path", f"{__name__}.long_agent", "--custom-generate-function-path")
-    args = partial_args("three_turns", "--rollout-abort-timeout-s", "0.2", *agent, "slime.agent.generate.generate")
+    args = partial_args("three_turns", "--rollout-abort-timeout-s", "3", *agent, "slime.agent.generate.generate")
     hanging.update({0, 1})  # the first group
     source = RolloutDataSourceWithBuffer(args)
     before, trained, discarded = generated_tokens(engine), [], 0.0

@@ -121,6 +121,7 @@ REFUSED = {
     "'resp_1' is not a response of this session": {"previous_response_id": "resp_1"},
     "tools must be functions": {"tools": [{"type": "web_search"}]},
     "tool_choice must be 'auto'": {"tool_choice": "required", "tools": TOOLS},
+    "must be a number above 0, got -3": {"max_output_tokens": -3},
     "background cannot be served": {"background": True},
     "'json_object' cannot be enforced": {"text": {"format": {"type": "json_object"}}},
 }
