@@ -41,6 +41,8 @@ class HostCopy:
 
     def restore(self) -> None:
         """Bring back what is stored."""
+        if not self._stored:  # a machine without GPUs
+            return
         for storage, host in self._stored:
             storage.resize_(len(host))
             _as_bytes(storage).copy_(host, non_blocking=True)
