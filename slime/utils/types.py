@@ -118,10 +118,10 @@ class Sample:
     custom_rm_path: str | None = None
     train_metadata: dict[str, Any] | None = None
     session_id: str | None = None
-    turns: list[dict[str, Any]] = field(default_factory=list)  # of an interrupted conversation: slime.rollout.turns
     non_generation_time: float = 0.0  # seconds spent in tools and environments
     spec_info: SpecInfo = field(default_factory=SpecInfo)
     prefix_cache_info: PrefixCacheInfo = field(default_factory=PrefixCacheInfo)
+    turns: list[dict[str, Any]] = field(default_factory=list)  # of an interrupted conversation: slime.rollout.turns
 
     Status = SampleStatus  # no annotation: `Sample.Status.COMPLETED`, not a field
 
