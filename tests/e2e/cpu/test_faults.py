@@ -13,6 +13,7 @@ from tests.e2e.cpu.helpers.runs import ENGINE, ROUTER, TRAINER, Run, Starter, wa
 LONG = ("--rollout-max-response-len", "600", "--custom-generate-function-path", "recorder.generate")
 ONE_ROLLOUT = ("--num-rollout", "1")
 MANY_ROLLOUTS = ("--num-rollout", "1000")
+WITHIN_S = 300.0  # of any end here, on a machine that does other things: what is shown is that nothing hangs
 
 
 def _has_all_samples(run: Run) -> bool:
@@ -21,29 +22,29 @@ def _has_all_samples(run: Run) -> bool:
     return [sample["index"] for sample in samples] == list(range(8)) and versions == {"0"}
 
 
-def _fails(run: Run, *says: str, timeout_s: float = 60) -> None:
-    assert run.wait(timeout_s) == 1, run.output()
+def _fails(run: Run, *says: str) -> None:
+    assert run.wait(WITHIN_S) == 1, run.output()
     message = run.output()[run.output().index("error: ") :]
     for part in says:
         assert part in message
-    run.leaves_nothing(within_s=30)
+    run.leaves_nothing()
 
 
 def test_an_engine_killed_in_mid_rollout_is_restarted_and_no_sample_is_lost(start: Starter) -> None:
     run = start(*LONG, *ONE_ROLLOUT).reaches("in_flight/7")
     run.the_process(ENGINE).send_signal(signal.SIGKILL)
-    run.succeeds()
+    run.succeeds(WITHIN_S)
     assert _has_all_samples(run)
     assert (run.run_dir / "logs" / "engine_0_start_2.log").is_file()
     assert "ended with code 137: restarting it" in run.output()
-    run.leaves_nothing(within_s=5)
+    run.leaves_nothing()
 
 
 @pytest.mark.slow
 def test_an_engine_killed_outside_of_a_rollout_is_replaced_when_its_turn_comes(start: Starter) -> None:
     run = start("--num-rollout", "4", "--num-steps-per-rollout", "8").reaches("record_000000.json")
     run.the_process(ENGINE).send_signal(signal.SIGKILL)
-    run.succeeds()
+    run.succeeds(WITHIN_S)
     assert [len(run.samples(rollout_id)) for rollout_id in range(4)] == [8, 8, 8, 8]
     for rollout_id in range(4):
         versions = {version for sample in run.samples(rollout_id) for version in sample["weight_versions"]}
@@ -56,7 +57,7 @@ def test_an_engine_that_hangs_is_killed_and_restarted(start: Starter) -> None:
     run = start(*LONG, *ONE_ROLLOUT, "--rollout-health-check-timeout", "5").reaches("in_flight/7")
     engine = run.the_process(ENGINE)
     engine.send_signal(signal.SIGSTOP)
-    run.succeeds()
+    run.succeeds(WITHIN_S)
     assert _has_all_samples(run)
     assert not engine.is_running()
     assert "does not answer /health: restarting it" in run.output()
@@ -68,7 +69,7 @@ def test_an_engine_that_dies_again_while_it_restarts_is_restarted_again(start: S
     run.the_process(ENGINE).send_signal(signal.SIGKILL)
     run.reaches("logs/engine_0_start_2.log")
     wait_for(lambda: run.processes(ENGINE), timeout_s=30, what="the second start").pop().send_signal(signal.SIGKILL)
-    run.succeeds()
+    run.succeeds(WITHIN_S)
     assert _has_all_samples(run)
     assert "engine_0 did not come back: engine_0 ended with code 137" in run.output()
     assert (run.run_dir / "logs" / "engine_0_start_3.log").is_file()
@@ -78,10 +79,10 @@ def test_an_engine_that_dies_again_while_it_restarts_is_restarted_again(start: S
 def test_an_engine_whose_owner_is_killed_gets_another_one(start: Starter) -> None:
     run = start(*LONG, *ONE_ROLLOUT).reaches("in_flight/7")
     run.the_process("ray::ProcessHost").send_signal(signal.SIGKILL)
-    run.succeeds()
+    run.succeeds(WITHIN_S)
     assert _has_all_samples(run)
     assert "the actor that owns engine_0 died" in run.output()
-    run.leaves_nothing(within_s=5)
+    run.leaves_nothing()
 
 
 @pytest.mark.slow
@@ -92,18 +93,18 @@ def test_an_engine_that_hangs_in_a_weight_update_is_restarted_with_the_new_weigh
     ).reaches("record_000000.json")
     engine = run.the_process(ENGINE)
     engine.send_signal(signal.SIGSTOP)
-    run.succeeds()
+    run.succeeds(WITHIN_S)
     assert not engine.is_running()
     assert {version for sample in run.samples(1) for version in sample["weight_versions"]} == {"1"}
     assert (run.run_dir / "logs" / "engine_0_start_2.log").is_file()
-    run.leaves_nothing(within_s=5)
+    run.leaves_nothing()
 
 
 @pytest.mark.slow
 def test_a_router_killed_in_mid_rollout_is_restarted(start: Starter) -> None:
     run = start(*LONG, *ONE_ROLLOUT).reaches("in_flight/7")
     run.the_process(ROUTER).send_signal(signal.SIGKILL)
-    run.succeeds()
+    run.succeeds(WITHIN_S)
     assert _has_all_samples(run)
     assert "the router is back" in run.output()
 
@@ -131,7 +132,7 @@ def test_kill_9_of_the_driver_leaves_no_process_and_no_weights(start: Starter) -
     assert list(run.weights_root.iterdir())
     run.process.send_signal(signal.SIGKILL)
     run.process.wait(5)
-    run.leaves_nothing(within_s=30)
+    run.leaves_nothing()
 
 
 @pytest.mark.slow
@@ -139,10 +140,10 @@ def test_kill_9_of_the_driver_leaves_no_process_and_no_weights(start: Starter) -
 def test_ctrl_c_ends_everything(start: Starter, moment: str) -> None:
     run = start(*LONG, *MANY_ROLLOUTS).reaches(moment)
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
-    assert run.wait(30) == 130, run.output()
+    assert run.wait(WITHIN_S) == 130, run.output()
     assert run.output().rstrip().endswith("interrupted")
     assert "Traceback" not in run.output()
-    run.leaves_nothing(within_s=30)
+    run.leaves_nothing()
 
 
 @pytest.mark.slow
@@ -150,12 +151,12 @@ def test_sigterm_saves_at_the_next_step_boundary_and_exits_0(start: Starter) -> 
     save = start.folder / "ckpt"
     run = start(*MANY_ROLLOUTS, "--save", str(save)).reaches("record_000001.json")
     run.process.send_signal(signal.SIGTERM)
-    run.succeeds(60)
+    run.succeeds(WITHIN_S)
     step = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert step >= 1
     assert len(run.metrics()) == step + 1
     assert (save / "rollout" / f"global_dataset_state_dict_{step}.pt").is_file()
-    run.leaves_nothing(within_s=5)
+    run.leaves_nothing()
 
 
 @pytest.mark.slow
@@ -166,20 +167,20 @@ def test_sigterm_in_an_evaluation_saves_the_step_before_it_and_begins_no_other(s
         *("--eval-prompt-data", "held", str(start.prompts), "--eval-max-response-len", "300"),
     ).reaches("evaluation_000001")
     run.process.send_signal(signal.SIGTERM)
-    run.succeeds(60)
+    run.succeeds(WITHIN_S)
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "0"
     assert len(run.metrics()) == 1
     assert not (run.run_dir / "record_000001.json").exists()
-    run.leaves_nothing(within_s=5)
+    run.leaves_nothing()
 
 
 @pytest.mark.slow
 def test_sigterm_during_the_start_ends_everything(start: Starter) -> None:
     run = start().reaches("logs/engine_0_start_1.log")
     run.process.send_signal(signal.SIGTERM)
-    run.succeeds(30)
+    run.succeeds(WITHIN_S)
     assert "SIGTERM before the first rollout" in run.output()
-    run.leaves_nothing(within_s=5)
+    run.leaves_nothing()
 
 
 @pytest.mark.slow
@@ -214,7 +215,7 @@ def test_a_port_in_use_is_named(start: Starter) -> None:
 def test_a_loss_that_is_not_finite_skips_steps_dumps_samples_and_stops(start: Starter) -> None:
     lost = ("--custom-generate-function-path", "recorder.without_log_probs", "--use-rollout-logprobs")
     run = start(*MANY_ROLLOUTS, *lost, "--max-skipped-steps", "1")
-    _fails(run, "2 optimizer steps", "--max-skipped-steps 1", "skipped_steps", timeout_s=90)
+    _fails(run, "2 optimizer steps", "--max-skipped-steps 1", "skipped_steps")
     assert [m["train/skipped_steps"] for m in run.metrics("train/step")] == [1.0]
     dumps = sorted((run.run_dir / "skipped_steps").iterdir())
     assert [len(dump.read_text().splitlines()) for dump in dumps] == [8, 8]

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import threading
+import time
 from pathlib import Path
 
 from slime.rollout import fully_async_rollout, sglang_rollout
@@ -40,6 +42,39 @@ async def generate(args, sample, sampling_params):
         return await sglang_rollout.generate(args, sample, sampling_params)
     finally:
         flag.unlink()
+
+
+async def long_or_short(args, sample, sampling_params):
+    """Every second prompt has responses of 4 tokens, the others of 150."""
+    length = 4 if sample.index % 8 < 4 else 150
+    return await generate(args, sample, sampling_params | {"max_new_tokens": length, "ignore_eos": True})
+
+
+def keeps_the_rollout_from_ending(args, samples, **kwargs):
+    """A dynamic filter that keeps all; with the second group of the run, after which the rest is aborted, it waits."""
+    folder = Path(args.run_dir) / "kept"
+    folder.mkdir(exist_ok=True)
+    (folder / str(samples[0].group_index)).touch()
+    if len(list(folder.iterdir())) == 2:
+        (Path(args.run_dir) / "ending").touch()
+        _wait_for(Path(args.run_dir) / "may_end")
+    return True
+
+
+def scores_in_a_process(args, sample, **kwargs):
+    """A reward; that of sample 5 waits the first time, for its process to be killed."""
+    if sample.index == 5:
+        (Path(args.run_dir) / f"scoring_{os.getpid()}").touch()
+        threading.Event().wait()
+    return float(sample.index % 2)
+
+
+def _wait_for(path, timeout_s=120.0):
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} is not there after {timeout_s:g} s")
+        time.sleep(0.01)
 
 
 async def no_threes(args, sample, **kwargs):
