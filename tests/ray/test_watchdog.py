@@ -148,7 +148,7 @@ def test_the_failure_of_a_call_that_runs_ahead_ends_a_wait_for_another_at_once(
     with pytest.raises(ValueError, match="the line is bad") as caught:
         watchdog.get([workers[1].hang_in_this_function.remote()], timeout_s=30, what="training on rollout 3")
     assert caught.value.__notes__ == ["in trainer 0, while the driver waited for training on rollout 3"]
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
 
 
 def test_a_call_that_runs_ahead_is_no_longer_watched_once_it_has_returned(workers: list, watchdog: Watchdog) -> None:
