@@ -28,9 +28,8 @@ from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
 from slime.rollout.data_source import DataSource, RolloutDataSourceWithBuffer
 from slime.rollout.hooks import filter_samples, process_all_samples
 from slime.rollout.sglang_rollout import GENERATED, eval_rollout, generate_and_rm_group
-from slime.rollout.state import GenerateState, RolloutFailed
+from slime.rollout.state import GenerateState, RolloutFailed, rare_collection
 from slime.utils.async_utils import run
-from slime.utils.misc import rare_garbage_collection
 from slime.utils.types import Sample, SampleStatus
 
 logger = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ def generate_rollout_fully_async(
     weight_version: what the engines hold (default: `rollout_id`, as in a run that updates them after every rollout).
     Raises RolloutFailed where more samples of the batch failed than allowed.
     """
-    with rare_garbage_collection():
+    with rare_collection(args):
         if evaluation:
             return run(eval_rollout(args, rollout_id))
         version = rollout_id if weight_version is None else weight_version

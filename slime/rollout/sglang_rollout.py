@@ -21,12 +21,12 @@ from slime.rollout.data_source import DataSource
 from slime.rollout.eval_data import EvalSet, eval_groups, eval_sets
 from slime.rollout.hooks import filter_samples, process_all_samples, run_sample_hooks
 from slime.rollout.rm_hub import RewardError, async_rm, batched_async_rm
-from slime.rollout.state import GenerateState, RolloutFailed, SamplingParams
+from slime.rollout.state import GenerateState, RolloutFailed, SamplingParams, rare_collection
 from slime.rollout.tokenizer import tokenizer_of
 from slime.rollout.turns import back_to_last_turn, num_tokens_lost
 from slime.utils.async_utils import run
 from slime.utils.http_utils import HTTPError, post
-from slime.utils.misc import load_function, rare_garbage_collection
+from slime.utils.misc import load_function
 from slime.utils.types import Sample, SampleStatus
 
 __all__ = [
@@ -355,7 +355,7 @@ def generate_rollout(
 
     Raises RolloutFailed where more samples failed than allowed.
     """
-    with rare_garbage_collection():
+    with rare_collection(args):
         if evaluation:
             return run(eval_rollout(args, rollout_id))
         return run(_train_rollout(args, rollout_id, data_source))

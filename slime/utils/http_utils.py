@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import ipaddress
 import logging
 import random
+import resource
 import socket
 import time
 import weakref
@@ -15,6 +17,7 @@ from typing import Any
 
 import aiohttp
 import orjson
+from aiohttp.client_proto import ResponseHandler
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,8 @@ RETRIED_STATUS = frozenset({502, 503, 504})
 RETRIED_ERRORS = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError)
 FIRST_BACKOFF_S = 0.05
 LONGEST_BACKOFF_S = 2.0
+LEAST_CONNECTIONS = 64
+MOST_CONNECTIONS = 60_000  # ports of one address run out there
 
 _sessions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, aiohttp.ClientSession] = weakref.WeakKeyDictionary()
 
@@ -97,7 +102,7 @@ async def _attempt(method: str, url: str, body: bytes | None, timeout_s: float, 
             url,
             data=body,
             headers=all_headers | (headers or {}),
-            timeout=aiohttp.ClientTimeout(total=timeout_s),
+            timeout=_timeout(timeout_s),
         ) as response:
             content = await response.read()
             status = response.status
@@ -113,16 +118,52 @@ async def _attempt(method: str, url: str, body: bytes | None, timeout_s: float, 
         return content.decode(errors="replace")
 
 
+@functools.lru_cache(maxsize=64)
+def _timeout(total_s: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=total_s)
+
+
 def _session() -> aiohttp.ClientSession:
-    """The client of the running event loop: connections are kept between calls, their number is the caller's affair."""
+    """The client of the running event loop: connections are kept between calls, `max_connections` of them at most."""
     loop = asyncio.get_running_loop()
     session = _sessions.get(loop)
     if session is None or session.closed:
-        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
-        session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
+        connector = _Connections(limit=max_connections(), ttl_dns_cache=300)
+        session = aiohttp.ClientSession(connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar())
         _sessions[loop] = session
         atexit.register(_close_at_exit, loop)
     return session
+
+
+def max_connections() -> int:
+    """Connections that a client may hold: nine tenths of the files this process may open (`ulimit -n`).
+
+    The rest, 256 at least, is for logs, data, pipes and workers. Requests beyond wait for a connection.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    return min(MOST_CONNECTIONS, max(LEAST_CONNECTIONS, soft - max(256, soft // 10)))
+
+
+class _Connections(aiohttp.TCPConnector):
+    """A pool whose limit counts idle connections too: aiohttp (3.10 to 3.14) counts those in use, per pool.
+
+    Without this, idle connections to one host and new ones to another add up to more files than may be open.
+    """
+
+    async def _create_connection(self, req: aiohttp.ClientRequest, *others: Any, **named: Any) -> ResponseHandler:
+        while len(self._acquired) + sum(map(len, self._conns.values())) > self.limit and self._drop_idle():
+            await asyncio.sleep(0)  # its socket closes in the loop's next turn
+        return await super()._create_connection(req, *others, **named)
+
+    def _drop_idle(self) -> bool:
+        """Close the connection that has been idle longest, of the first host that has one."""
+        for connections in self._conns.values():
+            if connections:
+                connections.popleft()[0].close()
+                return True
+        return False
 
 
 def _close_at_exit(loop: asyncio.AbstractEventLoop) -> None:

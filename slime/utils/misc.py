@@ -34,16 +34,18 @@ def load_function(path: str) -> Any:
 
 @contextlib.contextmanager
 def rare_garbage_collection(threshold: int = 200_000) -> Iterator[None]:
-    """Look for cycles once in `threshold` new objects while the block runs.
+    """Look for cycles once in `threshold` new objects while the block runs, and among what was there before not at all.
 
     Thousands of samples in flight are live objects that hold none; the usual threshold of 700 has the collector walk
-    them over and over.
+    them over and over, and with them, now and then, a million objects of imported modules.
     """
     previous = gc.get_threshold()
     gc.set_threshold(threshold, *previous[1:])
+    gc.freeze()
     try:
         yield
     finally:
+        gc.unfreeze()
         gc.set_threshold(*previous)
 
 

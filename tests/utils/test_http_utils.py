@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
+import resource
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -12,6 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from slime.utils import http_utils
 from slime.utils.http_utils import HTTPError, delete, find_free_port, get, post
@@ -145,3 +149,43 @@ def test_a_free_port_can_be_bound() -> None:
 
 def test_a_free_port_stays_below_what_is_asked_for() -> None:
     assert all(find_free_port(highest=20_500) <= 20_500 for _ in range(50))
+
+
+FEW_FILES = """
+import asyncio, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+from slime.utils.http_utils import max_connections, post
+
+async def main():
+    assert max_connections() == 144
+    for url in sys.argv[1:]:
+        answers = await asyncio.gather(*(post(url, {}, retry_for_s=0.0) for _ in range(300)))
+        assert answers == [{"a": 1}] * 300
+    urls = sys.argv[1:] * 200
+    await asyncio.gather(*(post(url, {}, retry_for_s=0.0) for url in urls))
+
+asyncio.run(main())
+"""
+
+
+async def test_more_requests_at_once_than_open_files_wait_whatever_the_number_of_servers() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        urls = []
+        for _ in range(4):
+            one = Server(handlers=[answers()])
+            app = web.Application()
+            app.router.add_route("*", "/{path:.*}", one.handle)
+            running = await stack.enter_async_context(TestServer(app))
+            urls.append(str(running.make_url("/")))
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", FEW_FILES, *urls)
+        async with asyncio.timeout(60):
+            assert await process.wait() == 0
+
+
+def test_a_client_leaves_a_tenth_of_the_open_files_and_256_at_least_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bound(soft: int) -> int:
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
+        return http_utils.max_connections()
+
+    assert [bound(soft) for soft in (20_000, 1024, 256)] == [18_000, 768, http_utils.LEAST_CONNECTIONS]
+    assert bound(resource.RLIM_INFINITY) == bound(1_000_000) == http_utils.MOST_CONNECTIONS
