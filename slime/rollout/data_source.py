@@ -274,12 +274,14 @@ def _is_immutable(value: Any) -> bool:
 
 def _copy_value(value: Any) -> Any:
     """A deep copy, much faster than `copy.deepcopy`: no memo, a prototype is a tree."""
+    if type(value) is list:
+        return [_copy_value(entry) for entry in value] if value else []
+    if type(value) is dict:
+        return {key: _copy_value(entry) for key, entry in value.items()} if value else {}
     if _is_immutable(value):
         return value
-    if type(value) is list:
-        return [_copy_value(entry) for entry in value]
-    if type(value) is dict:
-        return {key: _copy_value(entry) for key, entry in value.items()}
     if isinstance(value, SpecInfo | PrefixCacheInfo):  # counters only
-        return copy.copy(value)
+        counters = object.__new__(type(value))
+        counters.__dict__.update(value.__dict__)
+        return counters
     return copy.deepcopy(value)

@@ -20,10 +20,12 @@ async def run_sample_hooks(args: Any, sample: Sample, *, rollout_id: int | None,
     A hook gets `rollout_id` and `evaluation` where it has such parameters. Raises ValueError where one returns
     something else than a Sample or None.
     """
+    known = {"rollout_id": rollout_id, "evaluation": evaluation}
     for path in args.rollout_sample_hook_path or []:
         function, names = _hook(path)
-        known = {"rollout_id": rollout_id, "evaluation": evaluation}
-        output = function(args, sample, **{name: known[name] for name in names & known.keys()})
+        output = function(args, sample, **{name: known[name] for name in names})
+        if output is None:
+            continue
         output = await output if inspect.isawaitable(output) else output
         if output is not None and not isinstance(output, Sample):
             raise ValueError(f"--rollout-sample-hook-path {path} must return a Sample or None, got {output!r:.80}")
@@ -36,7 +38,8 @@ def _hook(path: str) -> tuple[Callable[..., Any], frozenset[str]]:
     function = load_function(path)
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return function, frozenset({"rollout_id", "evaluation"} if takes_all else parameters)
+    names = frozenset({"rollout_id", "evaluation"})
+    return function, names if takes_all else names & parameters.keys()
 
 
 def filter_samples(args: Any, groups: Groups) -> None:

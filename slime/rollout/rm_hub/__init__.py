@@ -83,11 +83,9 @@ async def rule_reward(args: Any, sample: Sample) -> Reward:
     name = check_rm_type(rm_type)
     if name != rm_type:
         sample = dataclasses.replace(sample, response=extract_boxed(sample.response))
-    rule = RULES[name]
-    if inspect.iscoroutinefunction(rule):
-        reward = await rule(args, sample)
-    else:
-        reward = rule(args, sample)
+    reward = RULES[name](args, sample)
+    if inspect.iscoroutine(reward):
+        reward = await reward
     return checked_reward(reward, rm_type, sample)
 
 
