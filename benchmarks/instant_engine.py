@@ -1,6 +1,7 @@
 """A server that answers every request with the same few tokens at once: what is measured against it is the client.
 
-`python -m benchmarks.instant_engine PORT` listens on loopback until it is ended.
+`python -m benchmarks.instant_engine PORT [N]` listens on 127.0.0.1 to 127.0.0.N, N engines in one process, until it is
+ended. `GET /count` answers how many requests to generate there have been.
 """
 
 from __future__ import annotations
@@ -21,11 +22,24 @@ _META = {
     "output_token_logprobs": _LOG_PROBS,
 }
 _BODY = json.dumps({"text": "42", "output_ids": [entry[1] for entry in _LOG_PROBS], "meta_info": _META}).encode()
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
+
+
+def _answer(body: bytes, status: bytes = b"200 OK") -> bytes:
+    return b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body)
+
+
+GENERATED = _answer(_BODY)
+OTHERS = {
+    b"get /health": _answer(b""),
+    b"post /abort_request": _answer(b'{"success": true}'),
+}
+NOT_FOUND = _answer(b"", b"404 Not Found")  # /workers too: this is an engine, not a router
 
 
 class InstantEngine(asyncio.Protocol):
     """Counts whole requests on a kept-alive connection by their Content-Length and answers each."""
+
+    num_generated = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -40,12 +54,22 @@ class InstantEngine(asyncio.Protocol):
             if len(self.buffer) < end + 4 + length:
                 return
             self.buffer = self.buffer[end + 4 + length :]
-            self.transport.write(ANSWER)  # type: ignore[attr-defined]
+            self.transport.write(self.answer(head))  # type: ignore[attr-defined]
+
+    def answer(self, head: bytes) -> bytes:
+        """What goes back to a request with this head, in lower case."""
+        if head.startswith(b"post /generate "):
+            InstantEngine.num_generated += 1
+            return GENERATED
+        if head.startswith(b"get /count "):
+            return _answer(b"%d" % self.num_generated)
+        return OTHERS.get(head[: head.index(b" http/")], NOT_FOUND)
 
 
-async def serve(port: int) -> None:
+async def serve(port: int, num_addresses: int) -> None:
     """Answer until cancelled."""
-    server = await asyncio.get_running_loop().create_server(InstantEngine, "127.0.0.1", port, backlog=4096)
+    addresses = [f"127.0.0.{number}" for number in range(1, num_addresses + 1)]
+    server = await asyncio.get_running_loop().create_server(InstantEngine, addresses, port, backlog=4096)
     async with server:
         await server.serve_forever()
 
@@ -53,4 +77,7 @@ async def serve(port: int) -> None:
 if __name__ == "__main__":
     import uvloop
 
-    uvloop.run(serve(int(sys.argv[1])))
+    from slime.utils.processes import raise_open_file_limit
+
+    raise_open_file_limit()
+    uvloop.run(serve(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1))
