@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -49,15 +50,22 @@ async def call_function(args: Any, sample_index: int | None, path: str, /, *posi
 
     An async one runs in this event loop, any other in a worker process, with --rm-num-workers 0 in a thread.
     """
-    function = load_function(path)
+    function, runs_here = _reward_function(path)
     timeout_s = args.rm_timeout_s
-    if is_async(function) or args.rm_num_workers == 0:
+    if runs_here or args.rm_num_workers == 0:
         bound = partial(function, *positional, **kwargs)
         return await call_with_deadline(bound, name=path, sample_index=sample_index, timeout_s=timeout_s)
     num_workers = args.rm_num_workers or default_num_workers()
     return await call_in_worker(
         path, positional, kwargs, sample_index=sample_index, timeout_s=timeout_s, num_workers=num_workers
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _reward_function(path: str) -> tuple[Callable[..., Any], bool]:
+    """The function, and whether it is async."""
+    function = load_function(path)
+    return function, is_async(function)
 
 
 def _checked_list(rewards: Any, path: str, samples: list[Sample]) -> list[Any]:

@@ -11,16 +11,17 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import deque
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from slime.rollout.rm_hub.errors import RewardError
-from slime.rollout.rm_hub.worker_process import HEADER, samples_of
+from slime.rollout.rm_hub.worker_process import HEADER, REPLY_HEADER, samples_of
 
 GRACE_S = 5.0  # for a function whose reward nobody waits for any more
 START_S = 120.0  # deadline for the start of a process; the imports of a function count towards its first call
-_CHUNK_BYTES = 1 << 18
+_CHUNK_BYTES = 1 << 16
 
 
 def default_num_workers() -> int:
@@ -43,13 +44,15 @@ async def call_in_worker(
     writes into samples is copied back. Raises RewardError if it raises, takes longer than `timeout_s` seconds (its
     process is then killed) or ends its process. Where this call is cancelled the function has GRACE_S to end.
     """
+    settings = args[:1] if args and _is_frozen(args[0]) else ()
     try:
-        request = pickle.dumps((path, args, kwargs))
+        pickled_settings = _pickled(*settings) if settings else b""
+        request = pickle.dumps((path, bool(settings), args[len(settings) :], kwargs))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         reason = f"its arguments cannot be sent to a process ({error}): make it async, or set --rm-num-workers 0"
         raise RewardError(path, sample_index, reason) from error
     async with _slots(asyncio.get_running_loop(), num_workers):
-        reply = await _exchange(path, request, sample_index, timeout_s)
+        reply = await _exchange(path, (pickled_settings, request), sample_index, timeout_s)
     if reply[0] == "raised":
         failure = RewardError(path, sample_index, f"raised {reply[1]}")
         failure.add_note(reply[2])
@@ -59,9 +62,28 @@ async def call_in_worker(
     return reply[1]
 
 
-async def _exchange(path: str, request: bytes, sample_index: int | None, timeout_s: float) -> Any:
+def _is_frozen(value: Any) -> bool:
+    """Whether `value` is a frozen dataclass, such as the settings: pickled once, and sent to a worker once."""
+    parameters = getattr(type(value), "__dataclass_params__", None)
+    return parameters is not None and parameters.frozen
+
+
+_recent_settings: deque[tuple[Any, bytes]] = deque(maxlen=8)  # those of each evaluation set are others
+
+
+def _pickled(settings: Any) -> bytes:
+    """The settings as bytes, the same object as long as they are the same."""
+    for known, pickled in _recent_settings:
+        if known is settings:
+            return pickled
+    pickled = pickle.dumps(settings)
+    _recent_settings.append((settings, pickled))
+    return pickled
+
+
+async def _exchange(path: str, request: tuple[bytes, bytes], sample_index: int | None, timeout_s: float) -> Any:
     worker = await _take()
-    exchange = asyncio.create_task(worker.exchange(request))
+    exchange = asyncio.create_task(worker.exchange(*request))
     _running.add(exchange)
     exchange.add_done_callback(partial(_settle, worker))
     try:
@@ -127,6 +149,7 @@ class Worker:
     def __init__(self) -> None:
         program = Path(__file__).with_name("worker_process.py")
         self._is_killed = False
+        self._settings: bytes | None = None  # what it holds
         self.import_path = list(sys.path)
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
@@ -147,26 +170,29 @@ class Worker:
     def is_alive(self) -> bool:
         return not self._is_killed and self._process.poll() is None
 
-    async def exchange(self, request: bytes) -> Any:
-        """The answer to one pickled request. Raises ConnectionError if the process ends instead."""
-        loop = asyncio.get_running_loop()
-        await loop.sock_sendall(self._socket, HEADER.pack(len(request)) + request)
+    async def exchange(self, settings: bytes, request: bytes) -> Any:
+        """The answer to one pickled request. Raises ConnectionError if the process ends instead.
+
+        settings: pickled, b"" for none; sent where the process holds others.
+        """
+        news = b"" if settings is self._settings else settings
+        self._settings = settings or self._settings
+        head = HEADER.pack(len(news), len(request))
+        await asyncio.get_running_loop().sock_sendall(self._socket, b"".join((head, news, request)))
         return await self.receive()
 
     async def receive(self) -> Any:
         """The next message of the process. Raises ConnectionError if it ends instead."""
-        (length,) = HEADER.unpack(await self._read(HEADER.size))
-        return pickle.loads(await self._read(length))
-
-    async def _read(self, num_bytes: int) -> bytearray:
         loop = asyncio.get_running_loop()
-        received = bytearray()
+        received, num_bytes = bytearray(), REPLY_HEADER.size
         while len(received) < num_bytes:
-            chunk = await loop.sock_recv(self._socket, min(_CHUNK_BYTES, num_bytes - len(received)))
+            chunk = await loop.sock_recv(self._socket, _CHUNK_BYTES)  # most messages come whole
             if not chunk:
                 raise ConnectionError("the socket closed")
             received += chunk
-        return received
+            if len(received) >= REPLY_HEADER.size:
+                num_bytes = REPLY_HEADER.size + REPLY_HEADER.unpack_from(received)[0]
+        return pickle.loads(memoryview(received)[REPLY_HEADER.size :])
 
     def kill(self) -> None:
         """End it and what it started, at once."""

@@ -1,6 +1,7 @@
 """The process that runs a user's synchronous reward function: `worker_process.py SOCKET_FD PARENT_PID`.
 
-One request at a time, each a length and a pickle: (path, args, kwargs) in, one of these out:
+One request at a time: two lengths, pickled settings where they are not those of the last request, and the pickled
+(path, whether the settings come before args, args, kwargs). Out goes a length and one of these, pickled:
 
     ("returned", value, [what the function changed of each sample])      ("raised", "KeyError: 'x'", traceback)
 
@@ -27,7 +28,8 @@ from typing import Any
 from slime.utils.misc import load_function
 from slime.utils.types import Sample
 
-HEADER = struct.Struct("!Q")
+HEADER = struct.Struct("!QQ")
+REPLY_HEADER = struct.Struct("!Q")
 WRITABLE = ("metadata", "train_metadata", "remove_sample")  # what a reward function may change of a sample
 _PR_SET_PDEATHSIG = 1
 
@@ -42,14 +44,22 @@ def main(descriptor: int, parent: int) -> None:
     connection = socket.socket(fileno=descriptor)
     connection.sendall(_frame("ready"))
     with connection.makefile("rb") as requests, asyncio.Runner() as runner:
+        settings: list[Any] = []
         while header := requests.read(HEADER.size):
-            (length,) = HEADER.unpack(header)
-            connection.sendall(_answer(requests.read(length), runner))
+            lengths = HEADER.unpack(header)
+            connection.sendall(_answer(requests.read(lengths[0]), requests.read(lengths[1]), settings, runner))
 
 
-def _answer(request: bytes, runner: asyncio.Runner) -> bytes:
+def _answer(news: bytes, request: bytes, settings: list[Any], runner: asyncio.Runner) -> bytes:
+    """settings: one entry, of the last request that had some, as bytes until it is needed; `news` replaces it."""
+    if news:
+        settings[:] = [news]
     try:
-        path, args, kwargs = pickle.loads(request)
+        path, takes_settings, args, kwargs = pickle.loads(request)
+        if takes_settings:
+            if isinstance(settings[0], bytes):
+                settings[0] = pickle.loads(settings[0])
+            args = (settings[0], *args)
         value = load_function(path)(*args, **kwargs)
         if inspect.isawaitable(value):
             value = runner.run(_await(value))
@@ -77,7 +87,7 @@ def _written(sample: Sample) -> dict[str, Any]:
 
 def _frame(message: Any) -> bytes:
     body = pickle.dumps(message)
-    return HEADER.pack(len(body)) + body
+    return REPLY_HEADER.pack(len(body)) + body
 
 
 if __name__ == "__main__":

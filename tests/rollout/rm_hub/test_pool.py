@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -49,6 +50,10 @@ def group_of_numbers(args: Any, samples: list[Sample]) -> list[float]:
         sample.metadata["seen"] = len(samples)
         sample.remove_sample = True
     return [float(sample.label or 0) for sample in samples]
+
+
+def timeout_of_settings(args: Any, sample: Sample) -> float:
+    return float(args.rm_timeout_s)
 
 
 def raises(args: Any, sample: Sample) -> float:
@@ -264,3 +269,22 @@ def wait_until(condition: Any, within_s: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         threading.Event().wait(0.02)
+
+
+def test_each_call_has_its_own_settings_though_a_process_is_sent_them_once() -> None:
+    several = [settings("timeout_of_settings", rm_timeout_s=float(seconds), rm_num_workers=1) for seconds in (10, 20)]
+
+    async def rewards() -> list[Any]:
+        return [await async_rm(args, Sample(index=0)) for args in [several[0], several[0], several[1], several[0]]]
+
+    assert run(rewards()) == [10.0, 10.0, 20.0, 10.0]
+
+
+def test_settings_that_are_not_frozen_are_sent_as_they_are_at_each_call() -> None:
+    args = SimpleNamespace(**vars(settings("timeout_of_settings", rm_num_workers=1)))
+
+    async def reward(seconds: float) -> Any:
+        args.rm_timeout_s = seconds
+        return await async_rm(args, Sample(index=0))
+
+    assert [run(reward(30.0)), run(reward(40.0))] == [30.0, 40.0]
