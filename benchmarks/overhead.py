@@ -1,6 +1,6 @@
 """What the rollout function costs beside its requests: `generate_rollout` against a bare asyncio client, same servers.
 
-    python -m benchmarks.overhead [--samples 10000] [--rounds 5]
+    python -m benchmarks.overhead [--samples 10000] [--rounds 3]
 
 The servers answer at once (`instant_engine.py`). The clients of a table take turns in one process, round by round; a
 ratio is the median of the rounds'. Each side's rate is requests answered, by the server's count, over wall time; CPU is
@@ -16,9 +16,10 @@ all features: in addition a buffered data source with --buffer-filter-path, --ov
     kept groups and for all groups. The plug-ins are those of `overhead_plugins.py`.
 reward in workers: all features, the reward synchronous and so in worker processes. Those take CPU of the same machine.
 
-One engine: 512 requests at once. 64 engines: one server process listens on 64 addresses, so that servers cost both
-sides the same; 10,000 requests at once, each on a connection of its own. Direct, sample i goes to engine i mod 64;
-behind the router, both sides post to one sglang-router that slime's own command line starts.
+One engine: 512 requests at once; slime keeps its connections from one rollout to the next, as in a run, the bare client
+opens them. 64 engines: one server process listens on 64 addresses, so that servers cost both sides the same; 10,000
+requests at once, each on a connection of its own, which both sides open in each round. Direct, sample i goes to engine
+i mod 64; behind the router, both sides post to one sglang-router, started as slime starts it.
 
 Peak memory: the most that the process held in any round over what it held before the first, the results of one rollout
 included. With 64 engines as many requests are in flight as there are samples.
@@ -186,7 +187,7 @@ def make_args(directory: Path, port: int, num_samples: int, question: Question, 
     return parse_args([part for item in (common | flags).items() for part in item if part != "true"])
 
 
-def slime_client(args: Args) -> Callable[[], None]:
+def slime_client(args: Args, *, keeps_connections: bool) -> Callable[[], None]:
     """A function that does one rollout after another, as the rollout manager does."""
     data_source = load_function(args.data_source_path)(args)
     rollout_ids = iter(range(10**9))
@@ -195,7 +196,8 @@ def slime_client(args: Args) -> Callable[[], None]:
         groups = generate_rollout(args, next(rollout_ids), data_source).samples
         assert len(groups) == args.rollout_batch_size
         assert all(sample.response_length == 8 for group in groups for sample in group)
-        run(close())  # as the bare client: each rollout opens its connections
+        if not keeps_connections:
+            run(close())
 
     return rollout
 
@@ -242,10 +244,11 @@ def measure(question: Question, num_samples: int, rounds: int) -> dict[str, Meas
         num_addresses = 1 if question.through_router else question.num_engines
         urls = [f"http://127.0.0.{number + 1}:{port}/generate" for number in range(num_addresses)]
         few = make_args(directory, port, GROUP, question, {})
-        slime_client(few)()  # imports, tokenizer
+        slime_client(few, keeps_connections=True)()  # imports, tokenizer
         clients = {"bare asyncio (aiohttp)": bare_client(few, urls, num_samples, question.concurrency)}
         for name, flags in question.clients.items():
-            clients[name] = slime_client(make_args(directory, port, num_samples, question, flags))
+            args = make_args(directory, port, num_samples, question, flags)
+            clients[name] = slime_client(args, keeps_connections=question.num_engines == 1)
         return _alternate(clients, f"http://127.0.0.1:{engine_port}/count", rounds)
 
 
@@ -297,7 +300,7 @@ def main() -> None:
     """Measure and print a table for each question, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     for question in QUESTIONS:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
