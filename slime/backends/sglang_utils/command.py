@@ -10,7 +10,11 @@ from slime.engine.spec import HEAD, HOST, PORT, EngineCommand, EngineSpec
 
 # /health says that the server answers. By default it generates a token instead: it would wait out a pause, and a cache
 # that is to be flushed while it does would end the engine. A scheduler that hangs is ended by SGLang's own watchdog.
-ENVIRONMENT = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
+# An engine whose scheduler has ended would stay another minute, to let a core dump of its GPU be written.
+ENVIRONMENT = {
+    "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "false",
+}
 
 # SGLang refuses prompts that leave less than 6 positions of its context, and ends answers 2 before its end.
 CONTEXT_MARGIN = 8
