@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import threading
-from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,25 +20,14 @@ TIMEOUT = timedelta(seconds=60)
 NamedTensors = list[tuple[str, Tensor]]
 
 
-@dataclass
-class FlattenedTensorMetadata:
-    """Where a tensor lies in a bucket; the name is what the receiver goes by."""
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    start_idx: int
-    end_idx: int
-    numel: int
-
-
-def flatten(named: NamedTensors) -> tuple[Tensor, list[FlattenedTensorMetadata]]:
-    """All tensors as one of bytes, and where each lies."""
+def flatten(named: NamedTensors) -> tuple[Tensor, list[SimpleNamespace]]:
+    """All tensors as one of bytes, and where each lies; SGLang unpickles classes of Python, torch and its own only."""
     parts, metadata, place = [], [], 0
     for name, tensor in named:
         data = tensor.contiguous().view(-1).view(torch.uint8)
         end = place + data.numel()
-        metadata.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, place, end, data.numel()))
+        extent = {"start_idx": place, "end_idx": end, "numel": data.numel()}
+        metadata.append(SimpleNamespace(name=name, shape=tensor.shape, dtype=tensor.dtype, **extent))
         parts.append(data)
         place = end
     return torch.cat(parts), metadata

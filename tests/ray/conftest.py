@@ -12,9 +12,10 @@ import ray
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """Ray in this machine, for actors that take no slots; its workers import what this process can."""
+    """Ray in this machine, with two GPUs that it takes our word for; its workers import what this process can."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="warning", log_to_driver=False)
+        resources = {"num_cpus": 2, "num_gpus": 2}
+        ray.init(address="local", **resources, include_dashboard=False, logging_level="warning", log_to_driver=False)
     yield
     ray.shutdown()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from slime.arguments import Args
-from slime.ray.placement import NotEnoughSlots, Slots, num_slots, stays_on_machine
+from slime.ray.placement import NotEnoughSlots, Slots, allocate, num_slots, stays_on_machine
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -47,3 +47,14 @@ def test_an_engine_lies_on_its_nodes_in_equal_parts() -> None:
     assert slots.by_node([0, 4]) == [[0, 4]]
     with pytest.raises(NotEnoughSlots, match=r"engine of 3 slots would lie on 2 nodes as 2 \+ 1"):
         slots.by_node([0, 1, 2])
+
+
+async def test_an_engine_is_shown_the_gpus_of_all_its_slots() -> None:
+    slots = allocate(Args(train_backend="fsdp", actor_num_gpus_per_node=2, rollout_num_gpus=2, colocate=True))
+    try:
+        assert slots.device == "cuda"
+        both = await slots.gpu_ids(slots.engine_bundles)
+        assert sorted(both) == [",", "0", "1"]
+        assert await slots.gpu_ids(slots.engine_bundles[1:]) == both[-1]
+    finally:
+        slots.release()
