@@ -158,7 +158,9 @@ def _check_engine(args: Args) -> None:
 
 
 def check_embedded_size(args: Args) -> None:
-    """Raise ConfigError where the embedded engine, which serves one slot, would have several."""
+    """Raise ConfigError where the embedded engine, which serves one slot, would have several, or a part of the work."""
+    if args.prefill_num_servers is not None:
+        raise ConfigError("--prefill-num-servers needs SGLang: give --rollout-engine sglang.")
     size = args.rollout_num_gpus_per_engine
     if size > 1:
         raise ConfigError(

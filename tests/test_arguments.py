@@ -174,6 +174,11 @@ def test_flags_become_typed_settings(base: list[str]) -> None:
         (["--no-colocate", "--rollout-external-engine-addrs", "http://a:1"], "takes HOST:PORT, got 'http://a:1'"),
         (["--no-colocate", "--rollout-external-engine-addrs", "a:1", "a:1"], "names an engine twice"),
         (["--rollout-external-engine-addrs", "a:1"], "Drop --colocate"),
+        (["--prefill-num-servers", "1"], "--prefill-num-servers 1 must leave engines that decode; there are 1 in all"),
+        (
+            ["--actor-num-gpus-per-node", "2", "--prefill-num-servers", "1", "--rollout-engine", "embedded"],
+            "--prefill-num-servers needs SGLang",
+        ),
         (
             ["--actor-num-gpus-per-node", "2", "--rollout-num-gpus-per-engine", "2"],
             "--rollout-num-gpus-per-engine 2: the embedded engine serves one slot",

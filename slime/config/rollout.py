@@ -21,6 +21,9 @@ class RolloutConfig(Group):
         "auto", "What samples: auto is SGLang on GPUs where it is installed, else the embedded engine."
     )
     sglang_python: str | None = arg(None, "The Python that has SGLang (default: the one that runs slime).")
+    prefill_num_servers: int | None = arg(
+        None, "Engines that compute prompts only; the others take them over and decode (SGLang's PD disaggregation)."
+    )
     rollout_external_engine_addrs: list[str] | None = arg(
         None, "HOST:PORT of engines that somebody else has started: given weights and requests, never ended."
     )
@@ -119,7 +122,7 @@ class RolloutConfig(Group):
         check_positive(self, "rollout_max_prompt_len", "sglang_server_concurrency", "update_weight_buffer_size")
         check_positive(self, "agent_timeout_s", "rollout_health_check_interval", "rollout_health_check_timeout")
         check_not_negative(self, "start_rollout_id", "max_engine_restarts", "rollout_seed", "max_weight_staleness")
-        check_positive(self, "update_weights_interval")
+        check_positive(self, "update_weights_interval", "prefill_num_servers")
         check(0 < self.rollout_top_p <= 1, "rollout_top_p", "above 0 and at most 1", self.rollout_top_p)
         check(self.rollout_top_k == -1 or self.rollout_top_k > 0, "rollout_top_k", "-1 or above 0", self.rollout_top_k)
         own = {item.name for item in fields(self)} | set(dir(type(self)))

@@ -305,6 +305,15 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         "--completion-key is for supervised fine-tuning: add --loss-type sft_loss, or leave it out.",
     )
     _require(
+        config.prefill_num_servers is None or config.prefill_num_servers < config.num_engines,
+        f"--prefill-num-servers {config.prefill_num_servers} must leave engines that decode; there are "
+        f"{config.num_engines} in all.",
+    )
+    _require(
+        config.prefill_num_servers is None or config.rollout_external_engine_addrs is None,
+        "--prefill-num-servers says how engines are started: drop it, or --rollout-external-engine-addrs.",
+    )
+    _require(
         config.agent_function_path is None or config.custom_generate_function_path in (None, AGENT_GENERATE),
         "--agent-function-path and --custom-generate-function-path exclude each other: both generate a sample.",
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Role = Literal["regular", "prefill", "decode"]
 
 # Filled in where the process starts: its node's address, a free port there, address:port of the engine's first node.
 HOST, PORT, HEAD = "{host}", "{port}", "{head}"
@@ -11,7 +13,10 @@ HOST, PORT, HEAD = "{host}", "{port}", "{head}"
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What one engine is to serve, and with what. index: its place among the engines. num_slots: on all its nodes."""
+    """What one engine is to serve, and with what. index: its place among the engines. num_slots: on all its nodes.
+
+    bootstrap_port: where a prefill engine meets those that decode.
+    """
 
     index: int
     model_path: str
@@ -20,6 +25,8 @@ class EngineSpec:
     device: str
     num_slots: int = 1
     num_nodes: int = 1
+    role: Role = "regular"
+    bootstrap_port: int | None = None
 
 
 class EngineCommand(NamedTuple):

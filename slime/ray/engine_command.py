@@ -97,4 +97,5 @@ def router_command(args: Args, *, host: str, port: int, metrics_port: int) -> li
     }
     given = {token.partition("=")[0] for token in args.router_args if token.startswith("--")}
     flags = [part for name, value in settings.items() if name not in given for part in (name, value)]
+    flags += ["--pd-disaggregation"] if args.prefill_num_servers is not None else []
     return [sys.executable, "-m", "sglang_router.launch_router", *flags, *args.router_args]

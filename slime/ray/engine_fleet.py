@@ -21,7 +21,7 @@ from ray.actor import ActorHandle
 
 from slime.arguments import Args
 from slime.engine.client import EngineClient, EngineError
-from slime.engine.spec import EngineCommand, EngineSpec
+from slime.engine.spec import EngineCommand, EngineSpec, Role
 from slime.ray.actors import create_actor
 from slime.ray.current_weights import CurrentWeights
 from slime.ray.engine_command import engine_client, engine_commands
@@ -55,6 +55,8 @@ class Engine:
     nodes: list[list[int]] = field(default_factory=list)
     hosts: list[ActorHandle] = field(default_factory=list)
     environments: list[dict[str, str]] = field(default_factory=list)
+    role: Role = "regular"
+    bootstrap_port: int | None = None
     url: str = ""
     num_starts: int = 0
     is_lost: bool = False
@@ -97,8 +99,14 @@ class EngineFleet:
         bundles, size = self.slots.engine_bundles, self.args.rollout_num_gpus_per_engine
         places = [self.slots.by_node(bundles[start : start + size]) for start in range(0, len(bundles), size)]
         return [
-            Engine(index, nodes, [self._create_host(node[0]) for node in nodes]) for index, nodes in enumerate(places)
+            Engine(index, nodes, [self._create_host(node[0]) for node in nodes], role=self._role(index))
+            for index, nodes in enumerate(places)
         ]
+
+    def _role(self, index: int) -> Role:
+        if self.args.prefill_num_servers is None:
+            return "regular"
+        return "prefill" if index < self.args.prefill_num_servers else "decode"
 
     def _create_host(self, bundle: int) -> ActorHandle:
         return create_actor(ProcessHost, str(self.log_dir), options=self.slots.options(bundle, "engine"))
@@ -133,6 +141,8 @@ class EngineFleet:
         engine.num_starts += 1
         name = f"{engine.name}_start_{engine.num_starts}"
         head = await engine.hosts[0].free_address.remote() if len(engine.hosts) > 1 else ""
+        if engine.role == "prefill":
+            engine.bootstrap_port = int((await engine.hosts[0].free_address.remote()).rpartition(":")[2])
         names = [name, *(f"{name}_node_{rank}" for rank in range(1, len(engine.hosts)))]
         starts = [
             host.start.remote(log, command, loopback=self.is_loopback, head=head)
@@ -151,6 +161,8 @@ class EngineFleet:
             device=self.slots.device,
             num_slots=self.args.rollout_num_gpus_per_engine,
             num_nodes=len(engine.nodes),
+            role=engine.role,
+            bootstrap_port=engine.bootstrap_port,
         )
         if not engine.environments:
             engine.environments = [await self._environment(node) for node in engine.nodes]
@@ -316,7 +328,7 @@ class EngineFleet:
             await self._poll(engine)  # for a host that lives
             await self._start(engine)
             if self.weights.version is not None:
-                await self.router.add(engine.url)
+                await self._add(engine)
         except (ServerNotUp, HTTPError, EngineError, ray.exceptions.RayActorError) as error:
             logger.warning("%s did not come back: %s", engine.name, error)
             return False
@@ -326,7 +338,10 @@ class EngineFleet:
     async def _register(self, engine: Engine) -> None:
         async with engine.lock:
             if engine.url not in await self.router.workers():
-                await self.router.add(engine.url)
+                await self._add(engine)
+
+    async def _add(self, engine: Engine) -> None:
+        await self.router.add(engine.url, role=engine.role, bootstrap_port=engine.bootstrap_port)
 
     async def _keep_registered(self, engine: Engine) -> None:
         """Register it with a router that has forgotten it; the next look tries again where that fails."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slime.arguments import Args
+from slime.engine.spec import Role
 from slime.ray.engine_command import router_command
 from slime.utils.http_utils import HTTPError, delete, find_free_port, get, post
 from slime.utils.processes import OwnedProcess
@@ -84,9 +85,13 @@ class Router:
         answer = await get(f"{self.url}/workers", timeout_s=30.0, retry_for_s=API_RETRY_S)
         return {worker["url"]: worker for worker in answer["workers"]}
 
-    async def add(self, engine_url: str) -> None:
+    async def add(self, engine_url: str, *, role: Role = "regular", bootstrap_port: int | None = None) -> None:
         """Register an engine and wait until requests reach it. Raises ServerNotUp, HTTPError."""
         payload: dict[str, Any] = {"url": engine_url}
+        if role != "regular":
+            payload["worker_type"] = role
+        if bootstrap_port is not None:
+            payload["bootstrap_port"] = bootstrap_port
         if self.args.sglang_api_key is not None:
             payload["api_key"] = self.args.sglang_api_key
         try:

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
@@ -45,9 +46,17 @@ async def client() -> AsyncIterator[None]:
 @pytest_asyncio.fixture
 async def engine() -> AsyncIterator[str]:
     """The address of a server that answers /health, and /generate with its own address."""
+    async with serving() as url:
+        yield url
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[str]:
+    """Such a server."""
 
     async def generate(request: web.Request) -> web.Response:
-        return web.json_response({"text": url, "meta_info": {}})
+        body = await request.json()
+        return web.json_response({"text": url, "meta_info": {}, "bootstrap_port": body.get("bootstrap_port")})
 
     app = web.Application()
     app.router.add_get("/health", lambda _: asyncio.sleep(0, web.Response()))
@@ -134,3 +143,18 @@ async def test_an_external_router_is_talked_to_and_not_ended(router: Router, eng
     external.stop()
     assert list(await router.workers()) == [engine]
     assert await get(f"{router.url}/health") is not None
+
+
+async def test_a_request_goes_to_an_engine_for_its_prompt_and_to_one_that_decodes(engine: str, tmp_path: Path) -> None:
+    router = Router(Args(train_backend="fsdp", prefill_num_servers=1), host=HOST, log_dir=tmp_path)
+    router.start()
+    try:
+        await router.wait_until_up()
+        async with serving() as decode:
+            await router.add(engine, role="prefill", bootstrap_port=9001)
+            await router.add(decode, role="decode")
+            answer = await post(f"{router.url}/generate", {"text": "1+2=", "sampling_params": {}})
+            assert answer["text"] == decode
+            assert answer["bootstrap_port"] == 9001
+    finally:
+        router.stop()

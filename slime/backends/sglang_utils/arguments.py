@@ -25,6 +25,8 @@ FLAGS_SET_BY_SLIME = {
     "--random-seed": "--rollout-seed",
     "--trust-remote-code": "--trust-remote-code",
     "--device": "--device",
+    "--disaggregation-mode": "--prefill-num-servers",
+    "--disaggregation-bootstrap-port": None,
     "--config": None,
     "--weight-version": None,
     "--host": None,

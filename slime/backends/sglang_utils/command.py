@@ -37,6 +37,10 @@ def sglang_commands(config: RunConfig, spec: EngineSpec) -> list[EngineCommand]:
     flags = [part for item in settings.items() for part in item] + ["--skip-server-warmup"]
     flags += ["--trust-remote-code"] if config.trust_remote_code else []
     flags += ["--enable-memory-saver"] if config.offload_rollout and spec.device == "cuda" else []
+    if spec.role != "regular":
+        flags += ["--disaggregation-mode", spec.role]
+    if spec.bootstrap_port is not None:
+        flags += ["--disaggregation-bootstrap-port", str(spec.bootstrap_port)]
     python = config.sglang_python or sys.executable
     user_flags = config.sglang_args + _context(config)
     return [

@@ -62,3 +62,13 @@ def test_the_whole_context_of_a_run_can_be_used_also_beyond_the_models() -> None
 
 def test_a_key_reaches_the_engine() -> None:
     assert value_of(command(sglang_api_key="secret").argv, "--api-key") == "secret"
+
+
+def test_engines_that_share_the_work_are_told_their_part() -> None:
+    prefill = command(replace(SPEC, role="prefill", bootstrap_port=9001)).argv
+    decode = command(replace(SPEC, role="decode")).argv
+    assert value_of(prefill, "--disaggregation-mode") == "prefill"
+    assert value_of(prefill, "--disaggregation-bootstrap-port") == "9001"
+    assert value_of(decode, "--disaggregation-mode") == "decode"
+    assert "--disaggregation-bootstrap-port" not in decode
+    assert "--disaggregation-mode" not in command().argv
