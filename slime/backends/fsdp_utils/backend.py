@@ -174,8 +174,7 @@ class FSDPBackend:
             logger.info("asleep: %.2f GiB on the host, %.2f GiB left on the GPU", num_bytes / 2**30, left / 2**30)
 
     def wake_up(self) -> None:
-        if self.device.type == "cuda":
-            self.host_copy.restore()
+        self.host_copy.restore()
 
     def _tensors(self) -> Iterator[Tensor]:
         for model in self.models.values():
