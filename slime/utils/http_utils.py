@@ -147,19 +147,23 @@ def max_connections() -> int:
 
 
 class _Connections(aiohttp.TCPConnector):
-    """A pool whose limit counts idle connections too: aiohttp (3.10 to 3.14) counts those in use, per pool.
+    """A pool whose limit counts idle connections too: aiohttp's own counts those in use.
 
-    Without this, idle connections to one host and new ones to another add up to more files than may be open.
+    Without this, idle connections to one host and new ones to another add up to more files than may be open. It reaches
+    into aiohttp (seen in 3.14), which has no public way; where a later version keeps them elsewhere, its own rule holds.
     """
 
     async def _create_connection(self, req: aiohttp.ClientRequest, *others: Any, **named: Any) -> ResponseHandler:
-        while len(self._acquired) + sum(map(len, self._conns.values())) > self.limit and self._drop_idle():
+        while self._num_held() > self.limit and self._drop_idle():
             await asyncio.sleep(0)  # its socket closes in the loop's next turn
         return await super()._create_connection(req, *others, **named)
 
+    def _num_held(self) -> int:
+        return len(getattr(self, "_acquired", ())) + sum(map(len, getattr(self, "_conns", {}).values()))
+
     def _drop_idle(self) -> bool:
         """Close the connection that has been idle longest, of the first host that has one."""
-        for connections in self._conns.values():
+        for connections in getattr(self, "_conns", {}).values():
             if connections:
                 connections.popleft()[0].close()
                 return True
