@@ -149,8 +149,8 @@ def max_connections() -> int:
 class _Connections(aiohttp.TCPConnector):
     """A pool whose limit counts idle connections too: aiohttp's own counts those in use.
 
-    Without this, idle connections to one host and new ones to another add up to more files than may be open. It reaches
-    into aiohttp (seen in 3.14), which has no public way; where a later version keeps them elsewhere, its own rule holds.
+    Without this, idle connections to one host and new ones to another add up to more files than may be open. aiohttp
+    has no public way to it (seen in 3.14): where a later version keeps them elsewhere, its own rule holds.
     """
 
     async def _create_connection(self, req: aiohttp.ClientRequest, *others: Any, **named: Any) -> ResponseHandler:
