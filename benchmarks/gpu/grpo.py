@@ -4,7 +4,8 @@
 
 Each step samples 32 prompts x 8 answers of up to 1,024 tokens, computes old log-probs, takes one optimizer step and
 sends the weights. Weights are random, so answers run to the end, and rewards are random; medians leave out two steps.
-`rest` is what no phase covers. Flags after --flags go to slime as they are.
+`weights` includes that the trainer goes to sleep and the engine's cache wakes up; `sending alone` does not. `rest` is
+what no phase covers. Flags after --flags go to slime as they are.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PHASES = {
 }
 COMMON = """
     --train-backend fsdp --colocate --actor-num-gpus-per-node 1 --rollout-engine sglang --apply-chat-template
-    --rollout-batch-size 32 --n-samples-per-prompt 8 --global-batch-size 256 --rollout-max-response-len 1024
+    --rollout-batch-size 32 --n-samples-per-prompt 8 --global-batch-size 256
     --rm-type random --advantage-estimator grpo --lr 1e-6 --use-dynamic-batch-size --max-tokens-per-gpu 16384
     --input-key prompt
 """
@@ -45,12 +46,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=["qwen3-0.6B"], choices=SHAPES)
     parser.add_argument("--transports", nargs="+", default=["disk", "tensor"])
+    parser.add_argument("--response-len", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--logs", type=Path, default=Path("runs/benchmark-grpo"))
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[])
     args = parser.parse_args()
     table = Table(title="Seconds of a GRPO step, 256 samples, one GPU colocated")
-    names = [*PHASES, "rest", "step", "rollout tokens/s", "mean log-prob gap", "largest step's gap", "start, s"]
+    names = [
+        *PHASES,
+        "rest",
+        "step",
+        "sending alone",
+        "rollout tokens/s",
+        "mean log-prob gap",
+        "largest step's gap",
+        "start, s",
+    ]
     for name in ("shape", "transport", *names):
         table.add_column(name)
     for shape in args.shapes:
@@ -58,9 +69,10 @@ def main() -> None:
             model, prompts = Path(folder, "model"), Path(folder, "prompts.jsonl")
             write_checkpoint(shape, model)
             write_prompts(prompts)
+            length = ["--rollout-max-response-len", str(args.response_len)]
             for transport in args.transports:
                 run_dir = args.logs / f"{shape}-{transport}"
-                start_s = run(model, prompts, transport, run_dir, args.steps + WARM_UP, args.flags)
+                start_s = run(model, prompts, transport, run_dir, args.steps + WARM_UP, [*length, *args.flags])
                 table.add_row(shape, transport, *measured(run_dir), f"{start_s:.0f}")
                 Console(width=200).print(table)
 
@@ -101,7 +113,8 @@ def measured(run_dir: Path) -> list[str]:
     rest = step - sum(seconds.values())
     gaps = [row["train/train_rollout_logprob_abs_diff"] for row in rows]
     speed = median(row["perf/tokens_per_sec"] for row in rows)
-    times = [f"{value:.2f}" for value in (*seconds.values(), rest, step)]
+    sending = median(row["perf/send_weights_time"] for row in rows)
+    times = [f"{value:.2f}" for value in (*seconds.values(), rest, step, sending)]
     return [*times, f"{speed:,.0f}", f"{median(gaps):.4f}", f"{max(gaps):.4f}"]
 
 

@@ -51,7 +51,8 @@ class Disaggregated:
 
     def _send(self, version: int) -> None:
         urls: list[str | None] = self._fleet("begin_update")
-        report = self.actor.update_weights(urls, version)
+        with self.journal.phase("send_weights", "the engines to take the weights"):
+            report = self.actor.update_weights(urls, version)
         self._fleet("weights_sent", version, report.directory, report.failed)
         self.rollout.weight_version = version
 
