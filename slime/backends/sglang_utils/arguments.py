@@ -27,7 +27,7 @@ FLAGS_SET_BY_SLIME = {
     "--device": "--device",
     "--disaggregation-mode": "--prefill-num-servers",
     "--disaggregation-bootstrap-port": None,
-    "--config": None,
+    "--config": "--sglang-X flags, or keys of the --config file",
     "--weight-version": None,
     "--host": None,
     "--port": None,
