@@ -73,7 +73,7 @@ def _slots(args: Args) -> Iterator[tuple[str, str]]:
     yield "engines", f"{args.num_engines}, external" if args.rollout_external_engine_addrs is not None else own
     external = f"external, {args.sglang_router_ip}:{args.sglang_router_port}"
     yield "router", external if args.sglang_router_ip is not None else "sglang-router, on a free port"
-    yield "weights travel by", "disk" if args.update_weight_transport == "auto" else args.update_weight_transport
+    yield "weights travel by", args.update_weight_transport
 
 
 def _data(args: Args, findings: Findings) -> Iterator[tuple[str, str]]:

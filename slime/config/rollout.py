@@ -94,7 +94,9 @@ class RolloutConfig(Group):
     sglang_args: list[str] = arg([], "Engine flags that came as --sglang-X, passed on without the prefix.")
     router_args: list[str] = arg([], "Router flags that came as --router-X, passed on without the prefix.")
     update_weight_transport: Literal["auto", "disk", "tensor"] = arg(
-        "auto", "How weights reach the engines: files, or memory of GPUs that both use (with --colocate); auto is disk."
+        "auto",
+        "How weights reach the engines: files, or memory of the GPUs that both use (auto: such memory for SGLang with "
+        "one GPU an engine, else files).",
     )
     update_weight_disk_dir: str | None = arg(
         None, "Where the disk transport writes (default: the memory file system on one node, else the run directory)."

@@ -305,6 +305,10 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         "--completion-key is for supervised fine-tuning: add --loss-type sft_loss, or leave it out.",
     )
     _require(
+        config.update_weight_transport != "tensor" or config.colocate,
+        "--update-weight-transport tensor is memory that trainers and engines share: add --colocate, or use disk.",
+    )
+    _require(
         config.prefill_num_servers is None or config.prefill_num_servers < config.num_engines,
         f"--prefill-num-servers {config.prefill_num_servers} must leave engines that decode; there are "
         f"{config.num_engines} in all.",

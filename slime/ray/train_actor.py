@@ -127,10 +127,12 @@ class TrainActor:
     def _transport(self, device: torch.device) -> Transport:
         from slime.weight_sync.tensor import TensorTransport
 
-        if self.args.update_weight_transport == "tensor":
+        size = self.args.rollout_num_gpus_per_engine
+        is_seen_working = self.args.colocate and self.args.rollout_engine == "sglang" and size == 1
+        kind = self.args.update_weight_transport
+        if kind == "tensor" or (kind == "auto" and device.type == "cuda" and is_seen_working):
             if device.type != "cuda":
                 raise ValueError("--update-weight-transport tensor shares memory of GPUs, and there is none: use disk")
-            size = self.args.rollout_num_gpus_per_engine
             buffer_size = self.args.update_weight_buffer_size
             return TensorTransport(rank=self.rank, ranks_per_engine=size, bucket_bytes=buffer_size)
         return self.files

@@ -29,6 +29,10 @@ def resolved(**settings: Any) -> Args:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"update_weight_transport": "tensor", "colocate": False, "rollout_num_gpus": 1},
+        "--update-weight-transport tensor is memory that trainers and engines share: add --colocate",
+    ),
     # asynchrony
     ({"rollout_function_path": FULLY_ASYNC, "colocate": True, "rollout_num_gpus": None}, "samples while trainers trai"),
     ({"rollout_function_path": FULLY_ASYNC, "partial_rollout": True}, "generate_rollout_fully_async keeps every group"),

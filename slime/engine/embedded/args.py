@@ -30,7 +30,7 @@ class ServerArgs:
     max_running_requests: int = flag(256, "requests that decode at once; the others queue")
     max_total_tokens: int | None = flag(None, "tokens that the key-value cache holds; default: by memory")
     mem_fraction_static: float = flag(0.3, "share of the free memory that the key-value cache may take")
-    chunked_prefill_size: int = flag(2048, "most prompt tokens in one forward pass")
+    chunked_prefill_size: int = flag(4096, "most prompt tokens in one forward pass")
     num_threads: int | None = flag(None, "CPU threads of the model; default: torch's")
     disable_radix_cache: bool = flag(False, "compute every prompt anew")
     enable_deterministic_inference: bool = flag(

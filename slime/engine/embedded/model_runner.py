@@ -39,8 +39,8 @@ KEY_BYTES = 4 << 20
 
 DEFAULT_CPU_CACHE_BYTES = 2 << 30
 SMALL_MODEL_PARAMETERS = 8_000_000
-MIN_SHARE_WORK = 100_000_000
-"""Floating-point operations worth a thread of their own: a pass of any size has milliseconds of Python around it."""
+MIN_SHARE_WORK = 250_000_000
+"""Floating-point operations worth a thread of their own: Python takes milliseconds around them, a thread at a time."""
 
 EXACT_EXPERTS = "slime_exact"
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
