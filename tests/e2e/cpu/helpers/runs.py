@@ -104,8 +104,13 @@ class Run:
         return found
 
     def the_process(self, part: str) -> psutil.Process:
-        """The one process of this run with `part` in its command line."""
-        (process,) = self.processes(part)
+        """The one process of this run with `part` in its command line, once there is one: Ray renames its workers."""
+
+        def only() -> list[psutil.Process]:
+            found = self.processes(part)
+            return found if len(found) == 1 else []
+
+        (process,) = wait_for(only, timeout_s=10.0, what=f"one process {part}")
         return process
 
     def leaves_nothing(self, within_s: float = 30.0) -> None:
