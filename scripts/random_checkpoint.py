@@ -54,7 +54,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write_checkpoint(args.shape, args.directory, num_layers=args.layers, dtype=args.dtype, seed=args.seed)
+    try:
+        write_checkpoint(args.shape, args.directory, num_layers=args.layers, dtype=args.dtype, seed=args.seed)
+    except OSError as error:
+        sys.exit(f"error: {error}")
     print(args.directory)
 
 

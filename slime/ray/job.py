@@ -273,6 +273,7 @@ class GraceExpired(RuntimeError):
 
 def _write_weights(actor: ActorGroup, fleet: ActorHandle, version: int) -> ObjectRef:
     """For an engine that is to be started with weights that lie in no file. Returns the next such request."""
+    logger.info("writing weights v%d for an engine that is to be started", version)
     fleet.weights_written.remote(version, actor.write_weights(version))
     return cast(ObjectRef, fleet.weights_wanted.remote())
 

@@ -41,6 +41,16 @@ def test_an_engine_killed_in_mid_rollout_is_restarted_and_no_sample_is_lost(star
 
 
 @pytest.mark.slow
+def test_an_engine_killed_where_weights_lie_in_no_file_gets_those_that_trainers_write_for_it(start: Starter) -> None:
+    run = start(*LONG, *ONE_ROLLOUT, "--rollout-sample-hook-path", "no_files.hook").reaches("in_flight/7")
+    run.the_process(ENGINE).send_signal(signal.SIGKILL)
+    run.succeeds(WITHIN_S)
+    assert _has_all_samples(run)
+    assert "writing weights v0 for an engine that is to be started" in run.output()
+    run.leaves_nothing()
+
+
+@pytest.mark.slow
 def test_an_engine_killed_outside_of_a_rollout_is_replaced_when_its_turn_comes(start: Starter) -> None:
     run = start("--num-rollout", "4", "--num-steps-per-rollout", "8").reaches("record_000000.json")
     run.the_process(ENGINE).send_signal(signal.SIGKILL)
