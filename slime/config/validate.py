@@ -305,8 +305,9 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         "--completion-key is for supervised fine-tuning: add --loss-type sft_loss, or leave it out.",
     )
     _require(
-        config.update_weight_transport != "tensor" or config.colocate,
-        "--update-weight-transport tensor is memory that trainers and engines share: add --colocate, or use disk.",
+        config.update_weight_transport != "tensor" or (config.colocate and not config.has_critic_slots),
+        "--update-weight-transport tensor is memory that every engine shares with a trainer of the policy: add "
+        "--colocate, without slots of a critic's own, or use disk.",
     )
     _require(
         config.prefill_num_servers is None or config.prefill_num_servers < config.num_engines,

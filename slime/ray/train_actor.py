@@ -128,7 +128,8 @@ class TrainActor:
         from slime.weight_sync.tensor import TensorTransport
 
         size = self.args.rollout_num_gpus_per_engine
-        is_seen_working = self.args.colocate and self.args.rollout_engine == "sglang" and size == 1
+        all_share = self.args.colocate and not self.args.has_critic_slots  # else some engine has no trainer on its GPU
+        is_seen_working = all_share and self.args.rollout_engine == "sglang" and size == 1
         kind = self.args.update_weight_transport
         if kind == "tensor" or (kind == "auto" and device.type == "cuda" and is_seen_working):
             if device.type != "cuda":

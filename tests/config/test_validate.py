@@ -31,7 +31,11 @@ def resolved(**settings: Any) -> Args:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"update_weight_transport": "tensor", "colocate": False, "rollout_num_gpus": 1},
-        "--update-weight-transport tensor is memory that trainers and engines share: add --colocate",
+        "--update-weight-transport tensor is memory that every engine shares with a trainer of the policy: add",
+    ),
+    (
+        {"update_weight_transport": "tensor", "advantage_estimator": "ppo", "critic_num_gpus_per_node": 1},
+        "without slots of a critic's own, or use disk.",
     ),
     # asynchrony
     ({"rollout_function_path": FULLY_ASYNC, "colocate": True, "rollout_num_gpus": None}, "samples while trainers trai"),

@@ -1,4 +1,4 @@
-"""A transport that leaves no files, as far as the job can tell: what weights through the memory of GPUs look like to it."""
+"""A transport that leaves no files, as far as the job can tell: as one through the memory of GPUs looks to it."""
 
 from typing import Any
 
