@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slime.backends.fsdp_utils.arguments import FSDPConfig
+from slime.backends.fsdp_utils.arguments import FSDPConfig, check_context_parallel
 from slime.backends.sglang_utils.arguments import (
     check_flags,
     find_sglang,
@@ -139,6 +139,8 @@ def _check_supported(args: Args) -> None:
         _check_engine(args)
     _check_router_args(args.router_args)
     check_model_directory(args.hf_checkpoint, "--hf-checkpoint")
+    if args.train_backend == "fsdp":
+        check_context_parallel(args.context_parallel_size, args, read_model_config(args.hf_checkpoint))
     if args.ref_load is not None and not Path(args.ref_load).is_dir():
         raise ConfigError(f"--ref-load: there is no directory {args.ref_load}.")
 

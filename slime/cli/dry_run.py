@@ -59,6 +59,8 @@ def plan(args: Args, findings: Findings) -> Iterator[Section]:
 
 def _slots(args: Args) -> Iterator[tuple[str, str]]:
     trainers = f"{args.num_trainers} ({args.actor_num_nodes} x {args.actor_num_gpus_per_node}), {args.train_backend}"
+    if args.context_parallel_size > 1:
+        trainers += f", {args.context_parallel_size} share the tokens of a sample"
     yield "trainers", "none (--debug-rollout-only)" if args.debug_rollout_only else trainers
     if args.needs_critic:
         yield (
@@ -99,7 +101,7 @@ def _batches(args: Args, findings: Findings) -> Iterator[tuple[str, str]]:
         passes = "" if math.isnan(epochs) else f", {epochs:.2f} passes over the prompts"
         yield "rollouts", f"{num_rollout}{passes}, {num_rollout * (args.num_steps_per_rollout or 1)} optimizer steps"
     if args.use_dynamic_batch_size:
-        yield "micro-batches", f"at most {args.max_tokens_per_gpu} tokens each"
+        yield "micro-batches", f"at most {(args.max_tokens_per_gpu or 0) * args.context_parallel_size} tokens each"
     else:
         yield "micro-batches", f"{args.micro_batch_size} samples each"
 
@@ -135,7 +137,8 @@ def _training_load(args: Args) -> TrainingLoad:
         sample_tokens = min(sample_tokens, args.rollout_max_context_len)
     return TrainingLoad(
         num_ranks=args.num_trainers,
-        micro_batch_tokens=args.max_tokens_per_gpu or args.micro_batch_size * sample_tokens,
+        micro_batch_tokens=args.max_tokens_per_gpu
+        or args.micro_batch_size * sample_tokens // args.context_parallel_size,
         logit_chunk_tokens=args.log_probs_chunk_size,
         compute_bytes=2 if args.bf16 else 4,
         num_frozen=sum((args.needs_reference, args.keep_old_actor, args.opd_teacher_load is not None)),

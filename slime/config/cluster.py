@@ -20,6 +20,9 @@ class ClusterConfig(Group):
     actor_num_gpus_per_node: int = arg(8, "Slots on each of these nodes: one trainer rank a slot.")
     critic_num_nodes: int | None = arg(None, "Nodes that train the critic (default: it shares the actor's slots).")
     critic_num_gpus_per_node: int | None = arg(None, "Slots on each of these nodes (default: as many as the actor's).")
+    context_parallel_size: int = arg(
+        1, "Trainer ranks, neighbours, that share the tokens of each sample; together they hold so many times more."
+    )
     rollout_num_gpus: int | None = arg(None, "Slots for inference in all. With --colocate: the trainers' slots.")
     rollout_num_gpus_per_engine: int = arg(1, "Slots of one engine (its tensor-parallel size, over nodes if need be).")
     num_gpus_per_node: int | None = arg(None, "Slots of a node; no node is asked for more (default: what Ray finds).")
@@ -46,7 +49,7 @@ class ClusterConfig(Group):
 
     def __post_init__(self) -> None:
         check_positive(self, "actor_num_nodes", "actor_num_gpus_per_node")
-        check_positive(self, "critic_num_nodes", "critic_num_gpus_per_node")
+        check_positive(self, "critic_num_nodes", "critic_num_gpus_per_node", "context_parallel_size")
         check_not_negative(self, "rollout_num_gpus")
         check_positive(self, "rollout_num_gpus_per_engine", "num_gpus_per_node", "num_threads")
         check_positive(self, "distributed_timeout_minutes", "cluster_timeout_s", "engine_start_timeout_s")
@@ -58,6 +61,11 @@ class ClusterConfig(Group):
     def num_trainers(self) -> int:
         """Ranks of the actor in all."""
         return self.actor_num_nodes * self.actor_num_gpus_per_node
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Shares in which the actor's ranks split the samples of a step."""
+        return self.num_trainers // self.context_parallel_size
 
     @property
     def num_critics(self) -> int:

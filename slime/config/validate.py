@@ -99,6 +99,12 @@ def _cluster(config: RunConfig) -> dict[str, Any]:
         config.colocate or not (config.offload or config.offload_train or config.offload_rollout),
         "--offload, --offload-train and --offload-rollout need --colocate: otherwise nobody else wants the memory.",
     )
+    trainers = {} if config.debug_rollout_only else {"trainer": config.num_trainers}
+    for role, num_ranks in (trainers | ({"critic": config.num_critics} if config.needs_critic else {})).items():
+        _require(
+            num_ranks % config.context_parallel_size == 0,
+            f"--context-parallel-size {config.context_parallel_size} must divide the {num_ranks} {role} ranks.",
+        )
     return {
         "rollout_num_gpus": num_slots,
         "offload_train": config.colocate if config.offload_train is None else config.offload_train,
@@ -180,8 +186,9 @@ def _batch(config: RunConfig) -> dict[str, Any]:
         f"--n-samples-per-prompt {config.n_samples_per_prompt} = {num_samples}.",
     )
     _require(
-        global_batch_size >= config.num_trainers or config.debug_rollout_only,
-        f"--global-batch-size {global_batch_size} is smaller than the {config.num_trainers} trainer ranks.",
+        global_batch_size >= config.num_data_ranks or config.debug_rollout_only,
+        f"--global-batch-size {global_batch_size} is smaller than the {config.num_data_ranks} trainer ranks that share "
+        "it.",
     )
     return {
         "global_batch_size": global_batch_size,

@@ -110,8 +110,9 @@ class TrainBackend(Protocol):
     def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
         """One optimizer step over all micro-batches.
 
-        A backend that splits sequences among ranks hands the loss this rank's tokens, outputs and [T] fields of the
-        micro-batch alike, and completes `sequence_sum` with the other ranks' share.
+        A backend that splits sequences among ranks completes the outputs on each, so that every loss and hook sees
+        whole samples, and each rank takes the gradient of its own tokens. Or it hands the loss this rank's tokens,
+        outputs and [T] fields of the micro-batch alike, and completes `sequence_sum` with the other ranks' share.
         """
         ...
 

@@ -42,6 +42,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rollout_function_path": FULLY_ASYNC, "partial_rollout": True}, "generate_rollout_fully_async keeps every group"),
     ({"max_weight_staleness": -1}, "--max-weight-staleness must be 0 or more"),
     ({"update_weights_interval": 0}, "--update-weights-interval must be above 0"),
+    # context parallelism
+    ({"context_parallel_size": 0}, "--context-parallel-size must be above 0, got 0"),
+    ({"context_parallel_size": 2}, "--context-parallel-size 2 must divide the 1 trainer ranks"),
+    (
+        {"context_parallel_size": 2, "actor_num_gpus_per_node": 2, "critic_num_gpus_per_node": 3}
+        | {"advantage_estimator": "ppo"},
+        "--context-parallel-size 2 must divide the 3 critic ranks",
+    ),
     # the algorithm's parts
     ({"advantage_estimator": "grop"}, "or the dotted path of an Estimator, got 'grop'"),
     ({"advantage_estimator": "reinforce_plus_plus"}, "--advantage-estimator reinforce_plus_plus needs --normalize-adv"),
@@ -256,6 +264,11 @@ def test_each_loop_takes_what_is_its_own() -> None:
     )
     check_loop(resolved(update_weights_interval=2, max_weight_staleness=2), is_async=True)
     check_loop(resolved(debug_rollout_only=True), is_async=True)
+
+
+def test_ranks_that_share_tokens_need_fewer_samples() -> None:
+    args = resolved(global_batch_size=1, actor_num_gpus_per_node=2, context_parallel_size=2)
+    assert (args.num_trainers, args.num_data_ranks) == (2, 1)
 
 
 def test_resolving_twice_changes_nothing() -> None:

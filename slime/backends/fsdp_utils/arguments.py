@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from slime.config.base import Group, arg
+from slime.config.base import ConfigError, Group, arg
+
+_SHARED_LAYERS = {"full_attention", "sliding_attention"}  # in which tokens meet in attention alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,3 +28,20 @@ class FSDPConfig(Group):
     )
     bf16: bool | None = arg(None, "Compute in bfloat16, weights in float32 (default: on GPUs).")
     deterministic_mode: bool = arg(False, "Deterministic kernels only.")
+
+
+def check_context_parallel(size: int, fsdp: FSDPConfig, config: dict[str, Any]) -> None:
+    """Raise ConfigError where --context-parallel-size `size` cannot share the tokens of the model of `config`.
+
+    config: config.json, its text part.
+    """
+    if size == 1:
+        return
+    flag = f"--context-parallel-size {size}"
+    if fsdp.attn_implementation != "packed":
+        raise ConfigError(f"{flag} needs --attn-implementation packed, got {fsdp.attn_implementation!r}.")
+    heads = config.get("num_attention_heads")
+    if not isinstance(heads, int) or heads % size:
+        raise ConfigError(f"{flag} must divide the query heads of the model, got {heads} heads.")
+    if others := sorted(set(config.get("layer_types") or ()) - _SHARED_LAYERS):
+        raise ConfigError(f"{flag}: the model has layers of type {others[0]}, whose tokens cannot be shared: use 1.")

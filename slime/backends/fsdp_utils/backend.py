@@ -1,4 +1,7 @@
-"""The TrainBackend on FSDP2: device-agnostic, one data-parallel dimension, packed sequences."""
+"""The TrainBackend on FSDP2: device-agnostic, packed sequences; ranks share samples, and each sample's tokens.
+
+Parameters are sharded over all ranks, whatever these share.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from slime.backends.fsdp_utils import checkpoint, sources
-from slime.backends.fsdp_utils.arguments import FSDPConfig
+from slime.backends.fsdp_utils.arguments import FSDPConfig, check_context_parallel
+from slime.backends.fsdp_utils.context_parallel import context_group
 from slime.backends.fsdp_utils.hf_names import hf_named_tensors
 from slime.backends.fsdp_utils.lr_schedule import learning_rate
 from slime.backends.fsdp_utils.model import (
@@ -68,8 +72,15 @@ class FSDPBackend:
         self.device = device
         self.role = role
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
-        rank, size = dist.get_rank(), dist.get_world_size()
-        self.layout = ParallelLayout(rank=rank, world_size=size, data_rank=rank, data_size=size)
+        rank, size, context_size = dist.get_rank(), dist.get_world_size(), run.context_parallel_size
+        self.layout = ParallelLayout(
+            rank=rank,
+            world_size=size,
+            data_rank=rank // context_size,
+            data_size=size // context_size,
+            context_size=context_size,
+        )
+        self.context = context_group(context_size, timeout_minutes=run.distributed_timeout_minutes)
         self.models: dict[ModelTag, Model] = {}
         self.copies: set[ModelTag] = set()  # models that moved since they were loaded: a checkpoint holds them too
         self.export_dtype = checkpoint_dtype(run.hf_checkpoint, trust_remote_code=run.trust_remote_code)
@@ -95,6 +106,7 @@ class FSDPBackend:
             attn_implementation=self.fsdp.attn_implementation,
             trust_remote_code=self.run.trust_remote_code,
         )
+        check_context_parallel(self.layout.context_size, self.fsdp, lm.config.get_text_config().to_dict())
         model = self._sharded(lm, tag)
         if source.checkpoint is not None:
             checkpoint.load_model(source.checkpoint, model)
@@ -111,7 +123,7 @@ class FSDPBackend:
             compile_each(layers)
         compute = compute_dtype(self.fsdp.bf16, self.device)
         if tag == "critic":
-            critic = ValueModel(lm, share_prompts=self.fsdp.share_prompts).to(self.device)
+            critic = ValueModel(lm, share_prompts=self.fsdp.share_prompts, context=self.context).to(self.device)
             shard_critic(critic, layers, mesh=self.mesh, compute=compute)
             return critic
         model = TokenModel(
@@ -119,6 +131,7 @@ class FSDPBackend:
             temperature=self.run.rollout_temperature,
             chunk_size=self.run.log_probs_chunk_size,
             share_prompts=self.fsdp.share_prompts,
+            context=self.context,
         ).to(self.device)
         shard(model, layers, mesh=self.mesh, compute=compute)
         return model
@@ -209,8 +222,9 @@ class FSDPBackend:
     def _backward(self, model: Model, batch: PackedBatch, loss: LossFn, wants: Wants) -> LossOutput:
         batch = batch.to(self.device)
         result = loss(model(batch, wants), batch, lambda values_T: _sequence_sum(values_T, batch))
-        # FSDP averages gradients over ranks; a share of the step's loss must be added up instead.
-        (result.loss * self.layout.data_size).backward()
+        # FSDP averages gradients over all ranks. They must be added up instead: of shares of the step's loss and, where
+        # ranks share its tokens, of what each of them took of the gradient of the same loss.
+        (result.loss * self.layout.world_size).backward()
         return result._replace(metrics=result.metrics | {"loss": result.loss.detach()})
 
     def _clip_gradients(self, model: nn.Module) -> float:
@@ -228,8 +242,8 @@ class FSDPBackend:
 
     def sum_over_data_ranks(self, values: Tensor) -> Tensor:
         values = values.to(self.device, copy=True)
-        dist.all_reduce(values)
-        return values.cpu()
+        dist.all_reduce(values)  # over all ranks, so that none decides otherwise because of its rounding
+        return values.cpu() / self.layout.context_size
 
     def _total_steps(self) -> int:
         return (self.run.num_rollout or 1) * (self.run.num_steps_per_rollout or 1)

@@ -1,6 +1,7 @@
 """A Hugging Face causal LM that answers with per-token log-probs instead of logits, sharded by FSDP2.
 
-Shapes: N packed tokens, T response tokens, C tokens of one chunk, V vocabulary, E model width.
+Shapes: N packed tokens, T response tokens, O of them this rank's (all, but for context parallelism), V vocabulary,
+E model width.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from slime.backends.fsdp_utils import attention
+from slime.backends.fsdp_utils.context_parallel import ContextGroup
 from slime.backends.fsdp_utils.prompt_sharing import shared_prompts
 from slime.backends.fsdp_utils.target_log_probs import LogitRule, target_log_probs
 from slime.data.packed import PackedBatch
@@ -34,10 +37,18 @@ class TokenModel(nn.Module):
     A loss that asks for the logits themselves has them all at once.
     """
 
-    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_size: int, share_prompts: bool = True) -> None:
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        *,
+        temperature: float,
+        chunk_size: int,
+        share_prompts: bool = True,
+        context: ContextGroup | None = None,
+    ) -> None:
         """temperature: logits are divided by it. chunk_size: tokens whose logits are held at once.
 
-        share_prompts: compute equal prompts of a pack once, where attention is ours.
+        share_prompts: compute equal prompts of a pack once, where attention is ours. context: who shares its tokens.
         """
         super().__init__()
         if not isinstance(lm.get_output_embeddings(), nn.Linear):
@@ -45,17 +56,23 @@ class TokenModel(nn.Module):
         self.lm = lm
         self.rule = LogitRule(temperature, _logit_softcap(lm), chunk_size)
         self.share_prompts = share_prompts
+        self.context = context
 
     def forward(self, batch: PackedBatch, wants: Wants) -> TokenOutputs:
         """Outputs [T] for `batch`, which lies on the model's device."""
-        hidden_T = target_hidden(self.lm.get_decoder(), batch, share_prompts=self.share_prompts)
+        head = partial(self._head, wants=wants)
+        return target_outputs(
+            self.lm.get_decoder(), batch, head, share_prompts=self.share_prompts, context=self.context
+        )
+
+    def _head(self, hidden_O: Tensor, targets_O: Tensor, *, wants: Wants) -> TokenOutputs:
         head = cast(nn.Linear, self.lm.get_output_embeddings())
         if wants.logits:
-            logits_TV = self._logits(head(hidden_T).float())
-            log_probs_T, entropy_T = _of_targets(logits_TV, batch.targets, wants.entropy)
-            return TokenOutputs(log_probs_T, entropy_T, logits=logits_TV)
-        log_probs_T, entropy_T = target_log_probs(hidden_T, head, batch.targets, self.rule, entropy=wants.entropy)
-        return TokenOutputs(log_probs_T, entropy_T)
+            logits_OV = self._logits(head(hidden_O).float())
+            log_probs_O, entropy_O = _of_targets(logits_OV, targets_O, wants.entropy)
+            return TokenOutputs(log_probs_O, entropy_O, logits=logits_OV)
+        log_probs_O, entropy_O = target_log_probs(hidden_O, head, targets_O, self.rule, entropy=wants.entropy)
+        return TokenOutputs(log_probs_O, entropy_O)
 
     def _logits(self, logits_TV: Tensor) -> Tensor:
         if self.rule.softcap is not None:
@@ -63,25 +80,40 @@ class TokenModel(nn.Module):
         return logits_TV if self.rule.temperature == 1.0 else logits_TV / self.rule.temperature
 
 
-def target_hidden(decoder: nn.Module, batch: PackedBatch, *, share_prompts: bool) -> Tensor:
-    """[T, E] what predicts each response token.
+def target_outputs(
+    decoder: nn.Module,
+    batch: PackedBatch,
+    head: Callable[[Tensor, Tensor], TokenOutputs],
+    *,
+    share_prompts: bool,
+    context: ContextGroup | None,
+) -> TokenOutputs:
+    """What `head` says of each response token, [T], from (hidden states before them [O, E], these tokens [O]).
 
-    share_prompts: compute equal prompts once, where attention is ours.
+    share_prompts: compute equal prompts once, where attention is ours. context: who shares the tokens; it must be ours.
     """
     is_packed = cast(PreTrainedModel, decoder).config._attn_implementation == attention.NAME
     sharing = shared_prompts(batch) if share_prompts and is_packed else None
     input_ids, position_ids, source_T = batch.input_ids, batch.position_ids, batch.target_index - 1
+    if context is not None:
+        sharing = context.deal(sharing, len(input_ids), input_ids.device)
     if sharing is not None:
-        input_ids, position_ids = input_ids[sharing.first], position_ids[sharing.first]
+        first = sharing.first if context is None else context.share(sharing.first)
+        input_ids, position_ids = input_ids[first], position_ids[first]
         source_T = sharing.place[source_T]
     output = decoder(
         input_ids=input_ids[None],
         position_ids=position_ids[None],
         attention_mask=None,
         use_cache=False,  # with a cache transformers would take the pack for one sequence
-        packing=attention.Packing(batch.sequence_lengths, batch.input_ids.device, sharing),
+        packing=attention.Packing(batch.sequence_lengths, batch.input_ids.device, sharing, context),
     )
-    return cast(Tensor, output.last_hidden_state)[0].index_select(0, source_T)
+    hidden = cast(Tensor, output.last_hidden_state)[0]
+    if context is None:
+        return head(hidden.index_select(0, source_T), batch.targets)
+    own = (source_T // len(hidden) == context.rank).nonzero()[:, 0]
+    outputs = head(hidden.index_select(0, source_T[own] % len(hidden)), batch.targets[own])
+    return context.complete(outputs, own, len(source_T))
 
 
 def _of_targets(logits_TV: Tensor, targets_T: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
