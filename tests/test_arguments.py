@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import slime
-from slime.arguments import ALL_GROUPS, Args, parse_args, settings_as_dict
+from slime.arguments import ALL_GROUPS, DERIVED, Args, parse_args, settings_as_dict
 from slime.config import ConfigError
 from slime.config.flags import Setting, build_parser, flag_of, reference_page, settings_of
 
@@ -81,7 +81,7 @@ def test_every_switch_can_be_turned_on_and_off(setting: Setting) -> None:
 def test_args_hold_every_setting_once_and_no_other() -> None:
     names = [setting.name for setting in SETTINGS]
     assert len(names) == len(set(names))
-    assert {f.name for f in dataclasses.fields(Args)} == set(names)
+    assert {f.name for f in dataclasses.fields(Args)} == set(names) | DERIVED
 
 
 def _properties(path: Path) -> list[ast.AST]:
@@ -356,6 +356,33 @@ def test_a_file_passes_on_too_and_flags_come_after(base: list[str], tmp_path: Pa
     at = args.sglang_args.index("--cuda-graph-bs")
     assert args.sglang_args[at : at + 3] == ["--cuda-graph-bs", "1", "2"]
     assert "--enable-metrics" in args.sglang_args
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"mem_fraction_staic": 0.8}, "Did you mean --sglang-mem-fraction-static?"),
+        ({"tp_size": 2}, "--sglang-tp-size is set by slime: use --rollout-num-gpus-per-engine."),
+        ({"dp_size": 2, "enable_dp_attention": True}, "--sglang-dp-size 2 must divide"),
+    ],
+)
+def test_what_a_group_of_engines_overrides_is_checked(
+    base: list[str], tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    group = {"worker_type": "regular", "num_gpus": 1, "overrides": overrides}
+    path = write(tmp_path / "engines.yaml", {"sglang": [{"name": "actor", "server_groups": [group]}]})
+    with pytest.raises(ConfigError) as error:
+        parse_args([*base, "--sglang-config", path])
+    assert f"--sglang-config: {path}: actor: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_another_model_must_be_there(base: list[str], tmp_path: Path) -> None:
+    groups = [{"worker_type": "regular", "num_gpus": 1}]
+    judge = {"name": "judge", "model_path": "/gone", "server_groups": groups}
+    path = write(tmp_path / "engines.yaml", {"sglang": [{"name": "actor", "server_groups": groups}, judge]})
+    with pytest.raises(ConfigError, match="--sglang-config: the model_path of judge: there is no directory /gone"):
+        parse_args([*base, "--sglang-config", path, "--actor-num-gpus-per-node", "2"])
 
 
 @pytest.mark.parametrize(

@@ -70,12 +70,25 @@ def _slots(args: Args) -> Iterator[tuple[str, str]]:
     if args.debug_train_only:
         yield "engines", "none (--debug-train-only)"
         return
-    where = "in the trainers' slots, in turns" if args.colocate else "in slots of their own"
-    own = f"{args.num_engines} x {args.rollout_num_gpus_per_engine}, {args.rollout_engine}, {where}"
-    yield "engines", f"{args.num_engines}, external" if args.rollout_external_engine_addrs is not None else own
+    if args.rollout_external_engine_addrs is not None:
+        yield "engines", f"{args.num_engines}, external"
+    else:
+        yield from _engines(args)
+    own = "sglang-router, on a free port" + (", for each model" if args.file_models else "")
     external = f"external, {args.sglang_router_ip}:{args.sglang_router_port}"
-    yield "router", external if args.sglang_router_ip is not None else "sglang-router, on a free port"
+    yield "router", external if args.sglang_router_ip is not None else own
     yield "weights travel by", args.update_weight_transport
+
+
+def _engines(args: Args) -> Iterator[tuple[str, str]]:
+    where = "in the trainers' slots, in turns" if args.colocate else "in slots of their own"
+    for model in args.served_models:
+        groups = [group for group in model.groups if group.num_engines]
+        sizes = [(f"{group.num_engines} x {group.num_gpus_per_engine}", group.worker_type) for group in groups]
+        kinds = ", ".join(size if kind == "regular" else f"{size} ({kind})" for size, kind in sizes)
+        weights = "" if model.update_weights else f", weights of {model.model_path}"
+        name = f"engines of {model.name}" if args.file_models else "engines"
+        yield name, f"{kinds}, {args.rollout_engine}, {where}{weights}"
 
 
 def _data(args: Args, findings: Findings) -> Iterator[tuple[str, str]]:

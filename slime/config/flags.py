@@ -166,6 +166,17 @@ def _check_item(setting: Setting, value: Any, source: str) -> Any:
     return value
 
 
+def as_tokens(flag: str, value: Any) -> list[str]:
+    """A key of a file as a command line has it: a switch that is off, or no value, is left out."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, dict):
+        return [flag, json.dumps(value)]
+    return [flag, *map(str, value if isinstance(value, list) else [value])]
+
+
 def reference_page(groups: Iterable[type[Group]]) -> str:
     """Markdown: every setting with its flags, type, default and help."""
     lines = [

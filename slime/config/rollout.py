@@ -24,6 +24,9 @@ class RolloutConfig(Group):
     prefill_num_servers: int | None = arg(
         None, "Engines that compute prompts only; the others take them over and decode (SGLang's PD disaggregation)."
     )
+    sglang_config: str | None = arg(
+        None, "YAML file of several models and groups of engines, each with SGLang settings of its own."
+    )
     rollout_external_engine_addrs: list[str] | None = arg(
         None, "HOST:PORT of engines that somebody else has started: given weights and requests, never ended."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from slime.config.base import ConfigError
 from slime.config.rollout import DEFAULT_ROLLOUT_FUNCTION, FULLY_ASYNC_ROLLOUT_FUNCTION
 from slime.config.run import RunConfig
+from slime.config.served_models import ServedModel, groups_of, read_served_models
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +76,11 @@ def _debug(config: RunConfig) -> dict[str, Any]:
 
 def _cluster(config: RunConfig) -> dict[str, Any]:
     external = config.rollout_external_engine_addrs
+    models = _file_models(config)
     if config.debug_train_only:
         num_slots = 0
+    elif models:
+        num_slots = _slots_of(models, config)
     elif external is not None:
         _external_engines(config, external)
         num_slots = 0
@@ -92,7 +97,7 @@ def _cluster(config: RunConfig) -> dict[str, Any]:
         f"{config.num_gpus_per_node}.",
     )
     _require(
-        num_slots % config.rollout_num_gpus_per_engine == 0,
+        bool(models) or num_slots % config.rollout_num_gpus_per_engine == 0,
         f"--rollout-num-gpus-per-engine {config.rollout_num_gpus_per_engine} must divide the {num_slots} engine slots.",
     )
     _require(
@@ -106,10 +111,44 @@ def _cluster(config: RunConfig) -> dict[str, Any]:
             f"--context-parallel-size {config.context_parallel_size} must divide the {num_ranks} {role} ranks.",
         )
     return {
+        "file_models": models,
         "rollout_num_gpus": num_slots,
         "offload_train": config.colocate if config.offload_train is None else config.offload_train,
         "offload_rollout": config.colocate if config.offload_rollout is None else config.offload_rollout,
     }
+
+
+def _file_models(config: RunConfig) -> tuple[ServedModel, ...]:
+    """The models of --sglang-config; none without it, or without engines."""
+    if config.sglang_config is None or config.debug_train_only:
+        return ()
+    others = {
+        "--prefill-num-servers": config.prefill_num_servers,
+        "--rollout-external-engine-addrs": config.rollout_external_engine_addrs,
+        "--sglang-router-ip": config.sglang_router_ip,
+    }
+    given = [flag for flag, value in others.items() if value is not None]
+    names = ", ".join(given)
+    _require(not given, f"--sglang-config names all engines, and starts a router for each model: drop {names}.")
+    return read_served_models(
+        config.sglang_config,
+        checkpoint=config.hf_checkpoint,
+        num_gpus_per_engine=config.rollout_num_gpus_per_engine,
+    )
+
+
+def _slots_of(models: Sequence[ServedModel], config: RunConfig) -> int:
+    """Slots of all groups: those of the trainers with --colocate, else those of --rollout-num-gpus where given."""
+    num_slots = sum(group.num_gpus for _, group in groups_of(models))
+    wanted, flag = config.rollout_num_gpus, "--rollout-num-gpus"
+    if config.colocate:
+        wanted, flag = config.num_trainers, "the trainers' slots (--colocate)"
+    _require(
+        wanted in (None, num_slots),
+        f"--sglang-config: {config.sglang_config}: its groups have {num_slots} slots in all, {flag} {wanted}: they "
+        "must be equal; a group of worker_type placeholder takes slots without engines.",
+    )
+    return num_slots
 
 
 def _external_engines(config: RunConfig, addresses: list[str]) -> None:
@@ -315,6 +354,11 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         config.update_weight_transport != "tensor" or (config.colocate and not config.has_critic_slots),
         "--update-weight-transport tensor is memory that every engine shares with a trainer of the policy: add "
         "--colocate, without slots of a critic's own, or use disk.",
+    )
+    _require(
+        config.update_weight_transport != "tensor" or config.debug_train_only or config.policy_engine_size is not None,
+        "--update-weight-transport tensor needs engines of the policy alone, all of one size, on all slots: change "
+        "--sglang-config, or use disk.",
     )
     _require(
         config.prefill_num_servers is None or config.prefill_num_servers < config.num_engines,

@@ -97,8 +97,8 @@ class Job:
         fleet = self._start_fleet(slots)
         engines = [] if fleet is None else [fleet.start.remote()]
         self.args = self._with_num_rollout(prompts)
-        router = None if fleet is None else fleet.router_address.remote()
-        connected: ObjectRef = self.manager.set_runtime.remote(self.num_rollout, router)
+        routers = None if fleet is None else fleet.router_addresses.remote()
+        connected: ObjectRef = self.manager.set_runtime.remote(self.num_rollout, routers)
         self.trainers = [] if self.args.debug_rollout_only else self._create_trainers(slots)
         trainers = [call for group in self.trainers for call in group.start(str(weights_dir))]
         _, *answers = self.watchdog.get(

@@ -76,11 +76,18 @@ class RolloutManager:
             self.data_source.add_samples([])  # one that takes nothing back says so now
         return len(self.data_source)
 
-    def set_runtime(self, num_rollout: int, router: tuple[str, int] | None) -> None:
-        """What plug-ins read from `args` and only a started run knows. router: host and port, if there is one."""
-        host, port = router or (None, None)
+    def set_runtime(self, num_rollout: int, routers: dict[str, tuple[str, int]] | None) -> None:
+        """What plug-ins read from `args` and only a started run knows.
+
+        routers: host and port of each model's router, by its name, if there are engines.
+        """
+        host, port = routers[self.args.policy.name] if routers is not None else (None, None)
         self.args = dataclasses.replace(
-            self.args, num_rollout=num_rollout, sglang_router_ip=host, sglang_router_port=port
+            self.args,
+            num_rollout=num_rollout,
+            sglang_router_ip=host,
+            sglang_router_port=port,
+            sglang_model_routers=routers or {},
         )
 
     def generate(self, rollout_id: int, weight_version: int) -> RolloutResult:
@@ -103,7 +110,7 @@ class RolloutManager:
             samples,
             raw_rewards,
             seconds=seconds,
-            num_gpus=max(1, self.args.rollout_num_gpus or 1),
+            num_gpus=max(1, self.args.policy.num_gpus),
             weight_version=rollout_id,
         )
         return RolloutResult(ray.put(batch), metrics | self._details(samples, raw_rewards) | extra)

@@ -127,7 +127,7 @@ class TrainActor:
     def _transport(self, device: torch.device) -> Transport:
         from slime.weight_sync.tensor import TensorTransport
 
-        size = self.args.rollout_num_gpus_per_engine
+        size = self.args.policy_engine_size
         all_share = self.args.colocate and not self.args.has_critic_slots  # else some engine has no trainer on its GPU
         is_seen_working = all_share and self.args.rollout_engine == "sglang" and size == 1
         kind = self.args.update_weight_transport
@@ -135,6 +135,7 @@ class TrainActor:
             if device.type != "cuda":
                 raise ValueError("--update-weight-transport tensor shares memory of GPUs, and there is none: use disk")
             buffer_size = self.args.update_weight_buffer_size
+            assert size is not None, "engines of the policy have no trainers of their own on their GPUs"
             return TensorTransport(rank=self.rank, ranks_per_engine=size, bucket_bytes=buffer_size)
         return self.files
 

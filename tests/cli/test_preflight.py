@@ -147,3 +147,18 @@ def test_the_plan_says_where_the_critic_is(make_args: MakeArgs) -> None:
     rows = [row for section in plan(args, preflight(args)) for row in section.rows]
     assert ("critic", "1, in the trainers' slots") in rows
     assert any("critic" in text for name, text in rows if name == "each trainer")
+
+
+def test_the_plan_names_every_model_that_is_served(make_args: MakeArgs, model: Path, tmp_path: Path) -> None:
+    group = {"worker_type": "regular", "num_gpus": 1}
+    models = [
+        {"name": "student", "server_groups": [group]},
+        {"name": "judge", "model_path": str(model), "update_weights": False, "server_groups": [group]},
+    ]
+    (tmp_path / "engines.yaml").write_text(json.dumps({"sglang": models}))
+    flags = ["--sglang-config", str(tmp_path / "engines.yaml"), "--actor-num-gpus-per-node", "2"]
+    args = make_args([ROW], "--rm-type", "random", *flags)
+    rows = dict(row for section in plan(args, preflight(args)) for row in section.rows)
+    assert rows["engines of student"] == "1 x 1, auto, in the trainers' slots, in turns"
+    assert rows["engines of judge"] == f"1 x 1, auto, in the trainers' slots, in turns, weights of {model}"
+    assert rows["router"] == "sglang-router, on a free port, for each model"
