@@ -183,6 +183,14 @@ def test_flags_become_typed_settings(base: list[str]) -> None:
             ["--actor-num-gpus-per-node", "2", "--rollout-num-gpus-per-engine", "2"],
             "--rollout-num-gpus-per-engine 2: the embedded engine serves one slot",
         ),
+        (
+            ["--actor-num-gpus-per-node", "2", "--context-parallel-size", "2", "--attn-implementation", "sdpa"],
+            "--context-parallel-size 2 needs --attn-implementation packed, got 'sdpa'.",
+        ),
+        (
+            ["--actor-num-gpus-per-node", "3", "--context-parallel-size", "3"],
+            "--context-parallel-size 3 must divide the query heads of the model",
+        ),
         (["--train-backend", "megatron"], "--train-backend megatron is not available in this version"),
         (["--hf-checkpoint", "absent"], "--hf-checkpoint: there is no directory absent."),
         (["--hf-checkpoint", "."], "--hf-checkpoint: . has no config.json"),

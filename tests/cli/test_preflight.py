@@ -142,6 +142,25 @@ def test_an_estimator_that_does_not_import_is_refused(make_args: MakeArgs) -> No
         preflight(make_args([ROW], "--rm-type", "random", "--advantage-estimator", "my_algo.ESTIMATOR"))
 
 
+def test_the_plan_says_what_ranks_that_share_tokens_hold(make_args: MakeArgs) -> None:
+    flags = ["--rm-type", "random", "--actor-num-gpus-per-node", "2"]
+    plans = {}
+    for size in ("1", "2"):
+        args = make_args([ROW], *flags, "--context-parallel-size", size)
+        plans[size] = dict(row for section in plan(args, preflight(args)) for row in section.rows)
+        (memory,) = [section for section in plan(args, preflight(args)) if section.title.startswith("memory")]
+        plans[size] |= dict(memory.rows)
+    assert "2 share the tokens of a sample" in plans["2"]["trainers"]
+    assert "share" not in plans["1"]["trainers"]
+    activations = {size: rows["each trainer"].split("activations ")[1].split()[0] for size, rows in plans.items()}
+    assert float(activations["2"]) == pytest.approx(float(activations["1"]) / 2, rel=0.1)
+    packed = make_args(
+        [ROW], *flags, "--context-parallel-size", "2", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "50"
+    )
+    (batches,) = [section for section in plan(packed, preflight(packed)) if section.title == "batches"]
+    assert ("micro-batches", "at most 100 tokens each") in batches.rows
+
+
 def test_the_plan_says_where_the_critic_is(make_args: MakeArgs) -> None:
     args = make_args([ROW], "--rm-type", "random", "--advantage-estimator", "ppo")
     rows = [row for section in plan(args, preflight(args)) for row in section.rows]

@@ -28,7 +28,7 @@ STEADY = {"adam_eps": 1e-4, "lr": 1e-3}
 SFT = {"rollout_function_path": "slime.rollout.sft_rollout.generate_rollout", "loss_type": "sft_loss"}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "grouped": ("qwen3", {}),  # 4 query heads, 2 of keys and values
-    "one_kv": ("qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "odd_kv": ("qwen3", {"num_attention_heads": 12, "num_key_value_heads": 3, "tie_word_embeddings": True}),
     "all_kv": ("llama", {"num_key_value_heads": 4}),
     "window": ("mistral", {"sliding_window": 5}),
     "moe": ("qwen3_moe", {}),
@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 50, "num_steps_per_rollout": 2},
     "apart": {"micro_batch_size": 8, "share_prompts": False, "use_kl_loss": True, "kl_loss_coef": 0.1},
-    "gspo": {"model": "one_kv", "advantage_estimator": "gspo", "num_steps_per_rollout": 2, "entropy_coef": 0.1},
+    "gspo": {"model": "odd_kv", "advantage_estimator": "gspo", "num_steps_per_rollout": 2, "entropy_coef": 0.1},
     "mis": {"model": "all_kv", "use_tis": True, "tis_level": "sequence", "gradient_checkpointing": True},
     "whitened": {"model": "window", "advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True},
     "sft": {"model": "moe", "micro_batch_size": 3} | SFT,
