@@ -32,6 +32,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "all_kv": ("llama", {"num_key_value_heads": 4}),
     "window": ("mistral", {"sliding_window": 5}),
     "moe": ("qwen3_moe", {}),
+    "mla": (  # values narrower than keys
+        "deepseek_v3",
+        {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16}
+        | {"qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 2},
+    ),
 }
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 50, "num_steps_per_rollout": 2},
@@ -39,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gspo": {"model": "odd_kv", "advantage_estimator": "gspo", "num_steps_per_rollout": 2, "entropy_coef": 0.1},
     "mis": {"model": "all_kv", "use_tis": True, "tis_level": "sequence", "gradient_checkpointing": True},
     "whitened": {"model": "window", "advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True},
+    "one_sample": {"model": "mla", "rewards_normalization": False, "only_row": 3},
     "sft": {"model": "moe", "micro_batch_size": 3} | SFT,
     "logits": {"loss_type": "custom_loss", "custom_loss_function_path": f"{__name__}.likelihood"},
     "critic": {"advantage_estimator": "ppo", "critic_lr": 1e-2, "micro_batch_size": 2},
@@ -56,6 +62,7 @@ def likelihood(args: Any, batch: dict[str, Any], logits: torch.Tensor, sum_of_sa
 
 def case_backend(name: str, models: Path, size: int) -> tuple[FSDPBackend, Args]:
     settings = STEADY | CASES[name] | {"context_parallel_size": size, "actor_num_gpus_per_node": size}
+    settings.pop("only_row", None)
     args = settings_for(models / str(settings.pop("model", "grouped")), **settings)
     is_critic = name == "critic"
     run = critic_run(args) if is_critic else args
@@ -96,7 +103,8 @@ def run_case(name: str, models: Path, out: Path, size: int) -> None:
     """Two rollouts; rank 0 writes all there is to compare to `out`."""
     backend, args = case_backend(name, models, size)
     gradients = noted_gradients(backend)
-    batches = [random_batch(seed=seed, group_sizes=(3, 1, 4)) for seed in range(2)]
+    rows = [CASES[name]["only_row"]] if "only_row" in CASES[name] else range(8)
+    batches = [random_batch(seed=seed, group_sizes=(3, 1, 4)).select(rows) for seed in range(2)]
     found: dict[str, Any] = {"outputs": forward(backend, batches[0])}
     found["metrics"] = [train(backend, args, number, batch, out) for number, batch in enumerate(batches)]
     found |= {"gradients": gradients, "later_outputs": forward(backend, batches[0])}
@@ -248,6 +256,11 @@ def test_a_pack_of_fewer_tokens_than_ranks_leaves_none_without() -> None:
             "packed",
             {"num_attention_heads": 6, "layer_types": ["full_attention", "linear_attention"]},
             "--context-parallel-size 3: the model has layers of type linear_attention, whose tokens cannot be shared",
+        ),
+        (
+            "packed",
+            {"num_attention_heads": 6, "rope_scaling": {"type": "longrope"}},
+            "--context-parallel-size 3: the model rotates positions by the longest sample (longrope): use 1.",
         ),
     ],
 )
