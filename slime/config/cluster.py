@@ -21,7 +21,7 @@ class ClusterConfig(Group):
     critic_num_nodes: int | None = arg(None, "Nodes that train the critic (default: it shares the actor's slots).")
     critic_num_gpus_per_node: int | None = arg(None, "Slots on each of these nodes (default: as many as the actor's).")
     context_parallel_size: int = arg(
-        1, "Trainer ranks, neighbours, that share the tokens of each sample; together they hold so many times more."
+        1, "Neighbouring trainer ranks that share the tokens of each sample, --max-tokens-per-gpu on each of them."
     )
     rollout_num_gpus: int | None = arg(None, "Slots for inference in all. With --colocate: the trainers' slots.")
     rollout_num_gpus_per_engine: int = arg(1, "Slots of one engine (its tensor-parallel size, over nodes if need be).")
