@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slime.backends.fsdp_utils.arguments import FSDPConfig, check_context_parallel
+from slime.backends.fsdp_utils.arguments import FSDPConfig, check_context_parallel, check_packable
 from slime.backends.sglang_utils.arguments import (
     check_flags,
     find_sglang,
@@ -134,7 +134,9 @@ def _check_supported(args: Args) -> None:
     _check_router_args(args.router_args)
     check_model_directory(args.hf_checkpoint, "--hf-checkpoint")
     if args.train_backend == "fsdp":
-        check_context_parallel(args.context_parallel_size, args, read_model_config(args.hf_checkpoint))
+        model_config = read_model_config(args.hf_checkpoint)
+        check_packable(model_config)
+        check_context_parallel(args.context_parallel_size, args, model_config)
     for model in args.file_models:
         check_model_directory(model.model_path, f"--sglang-config: the model_path of {model.name}")
     if args.ref_load is not None and not Path(args.ref_load).is_dir():

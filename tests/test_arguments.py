@@ -330,6 +330,13 @@ def test_the_context_is_the_engines_where_it_is_not_given(
     assert args.rollout_max_prompt_len == (31 if "--rollout-max-context-len" in flags else None)
 
 
+def test_a_model_whose_layers_would_mix_the_samples_of_a_pack_is_refused(model: Path, base: list[str]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"layer_types": ["full_attention", "linear_attention"]}))
+    with pytest.raises(ConfigError, match="layers of type linear_attention, which would mix the samples"):
+        parse_args(base)
+
+
 def test_a_config_json_that_is_no_json_is_named(model: Path, base: list[str]) -> None:
     (model / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is not JSON"):

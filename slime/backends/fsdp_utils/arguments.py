@@ -7,7 +7,7 @@ from typing import Any
 
 from slime.config.base import ConfigError, Group, arg
 
-_SHARED_LAYERS = {"full_attention", "sliding_attention"}  # in which tokens meet in attention alone
+_SEPARATE_LAYERS = {"full_attention", "sliding_attention"}  # in which tokens meet in attention alone
 _ROPE_OF_THE_LONGEST = {"dynamic", "longrope"}  # rotations that depend on the longest sample, which a rank does not see
 
 
@@ -31,6 +31,15 @@ class FSDPConfig(Group):
     deterministic_mode: bool = arg(False, "Deterministic kernels only.")
 
 
+def check_packable(config: dict[str, Any]) -> None:
+    """Raise ConfigError where layers of the model of `config` would mix the samples of a pack.
+
+    config: config.json, its text part.
+    """
+    if others := sorted(set(config.get("layer_types") or ()) - _SEPARATE_LAYERS):
+        raise ConfigError(f"the model has layers of type {others[0]}, which would mix the samples of a micro-batch.")
+
+
 def check_context_parallel(size: int, fsdp: FSDPConfig, config: dict[str, Any]) -> None:
     """Raise ConfigError where --context-parallel-size `size` cannot share the tokens of the model of `config`.
 
@@ -44,8 +53,6 @@ def check_context_parallel(size: int, fsdp: FSDPConfig, config: dict[str, Any]) 
     heads = config.get("num_attention_heads")
     if not isinstance(heads, int) or heads % size:
         raise ConfigError(f"{flag} must divide the query heads of the model, got {heads} heads.")
-    if others := sorted(set(config.get("layer_types") or ()) - _SHARED_LAYERS):
-        raise ConfigError(f"{flag}: the model has layers of type {others[0]}, whose tokens cannot be shared: use 1.")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if (kind := rope.get("rope_type", rope.get("type"))) in _ROPE_OF_THE_LONGEST:
         raise ConfigError(f"{flag}: the model rotates positions by the longest sample ({kind}): use 1.")

@@ -95,20 +95,23 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence, as transformers calls it.
 
-    query: [1, H, U, D]; key, value: [1, K, U, D]. Returns [1, U, H, D].
+    query: [1, H, U, D]; key, value: [1, K, U, D]. Returns [1, U, H, D]. Raises ValueError for what it does not do:
+    capped scores (softcap), sinks (s_aux), a model that does not hand on its keyword arguments.
     """
     if packing is None:
         raise ValueError(
             f"{type(module).__name__} does not hand its keyword arguments to attention: packed sequences would leak. "
             "Choose another --attn-implementation."
         )
-    if softcap is not None:
-        raise ValueError(f"{type(module).__name__} caps attention scores, which --attn-implementation packed does not.")
+    if softcap is not None or s_aux is not None:
+        wants = "caps attention scores" if s_aux is None else "has attention sinks"
+        raise ValueError(f"{type(module).__name__} {wants}, which --attn-implementation packed cannot do.")
     window = sliding_window if sliding_window and max(packing.sequence_lengths) > sliding_window else None
     if packing.context is not None:
         query, key, value = packing.context.to_heads(query, key, value)

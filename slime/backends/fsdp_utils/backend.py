@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from slime.backends.fsdp_utils import checkpoint, sources
-from slime.backends.fsdp_utils.arguments import FSDPConfig, check_context_parallel
+from slime.backends.fsdp_utils.arguments import FSDPConfig, check_context_parallel, check_packable
 from slime.backends.fsdp_utils.context_parallel import context_group
 from slime.backends.fsdp_utils.hf_names import hf_named_tensors
 from slime.backends.fsdp_utils.lr_schedule import learning_rate
@@ -106,7 +106,9 @@ class FSDPBackend:
             attn_implementation=self.fsdp.attn_implementation,
             trust_remote_code=self.run.trust_remote_code,
         )
-        check_context_parallel(self.layout.context_size, self.fsdp, lm.config.get_text_config().to_dict())
+        model_config = lm.config.get_text_config().to_dict()
+        check_packable(model_config)
+        check_context_parallel(self.layout.context_size, self.fsdp, model_config)
         model = self._sharded(lm, tag)
         if source.checkpoint is not None:
             checkpoint.load_model(source.checkpoint, model)

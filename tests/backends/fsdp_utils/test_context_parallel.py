@@ -254,11 +254,6 @@ def test_a_pack_of_fewer_tokens_than_ranks_leaves_none_without() -> None:
         ("packed", {}, "got None heads"),
         (
             "packed",
-            {"num_attention_heads": 6, "layer_types": ["full_attention", "linear_attention"]},
-            "--context-parallel-size 3: the model has layers of type linear_attention, whose tokens cannot be shared",
-        ),
-        (
-            "packed",
             {"num_attention_heads": 6, "rope_scaling": {"type": "longrope"}},
             "--context-parallel-size 3: the model rotates positions by the longest sample (longrope): use 1.",
         ),
