@@ -153,7 +153,7 @@ def _training_load(args: Args) -> TrainingLoad:
         micro_batch_tokens=args.max_tokens_per_gpu
         or args.micro_batch_size * sample_tokens // args.context_parallel_size,
         logit_chunk_tokens=args.log_probs_chunk_size,
-        compute_bytes=2 if args.bf16 else 4,
+        compute_bytes=2 if args.bf16 or args.fp16 else 4,
         num_frozen=sum((args.needs_reference, args.keep_old_actor, args.opd_teacher_load is not None)),
         num_critic_ranks=args.num_critics if args.needs_critic and not args.has_critic_slots else 0,
         recomputes=args.gradient_checkpointing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,11 @@ class OptimizerConfig(Group):
         512, "Tokens whose logits are held at once; memory is this x vocabulary x 10 bytes."
     )
     optimizer: Literal["adam"] = arg("adam", "AdamW.")
+    only_train_params_name_list: list[str] | None = arg(
+        None, "Regular expressions: of the actor's parameters train those in whose name one is found."
+    )
+    freeze_params_name_list: list[str] | None = arg(None, "Likewise: train all but those.")
+    reset_optimizer_states: bool = arg(False, "Moments and step counts of AdamW start anew with each rollout.")
     lr: float = arg(1e-6, "Learning rate.")
     min_lr: float = arg(0.0, "The schedule's lowest learning rate.")
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = arg(
@@ -59,6 +65,23 @@ class OptimizerConfig(Group):
             fraction,
         )
         check(self.min_lr <= self.lr, "min_lr", f"at most --lr {self.lr}", self.min_lr)
+        for name in ("only_train_params_name_list", "freeze_params_name_list"):
+            for pattern in getattr(self, name) or []:
+                check(_is_pattern(pattern), name, "regular expressions", pattern)
+        check(
+            self.only_train_params_name_list is None or self.freeze_params_name_list is None,
+            "freeze_params_name_list",
+            "left out where --only-train-params-name-list is given",
+            self.freeze_params_name_list,
+        )
         for name in ("adam_beta1", "adam_beta2"):
             check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
         super().__post_init__()
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True

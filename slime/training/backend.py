@@ -86,6 +86,8 @@ class StepMetrics:
     grad_norm: float
     lr: float
     skipped: bool  # the loss or the gradient was not finite; nothing was updated
+    loss_scale: float | None = None  # of float16, as this step used it
+    overflowed: bool = False  # skipped because of that scale, which is smaller now: nothing to worry about
 
 
 class TrainBackend(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from slime.config.base import ConfigError, Group, arg
+from slime.config.base import ConfigError, Group, arg, check, check_positive
 
 _SEPARATE_LAYERS = {"full_attention", "sliding_attention"}  # in which tokens meet in attention alone
 _ROPE_OF_THE_LONGEST = {"dynamic", "longrope"}  # rotations that depend on the longest sample, which a rank does not see
@@ -28,7 +28,20 @@ class FSDPConfig(Group):
         "Compile each layer with torch.compile; the first step takes some 15 s more (default: on GPUs).",
     )
     bf16: bool | None = arg(None, "Compute in bfloat16, weights in float32 (default: on GPUs).")
+    fp16: bool = arg(
+        False,
+        "Compute in float16, weights in float32, with a loss scale that halves where a gradient overflows; "
+        "such steps are skipped and not counted against --max-skipped-steps.",
+    )
+    initial_loss_scale: float = arg(65536.0, "Loss scale that --fp16 starts with.")
+    loss_scale_window: int = arg(1000, "Steps without an overflow after which the loss scale doubles.")
     deterministic_mode: bool = arg(False, "Deterministic kernels only.")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "loss_scale_window")
+        check(self.initial_loss_scale >= 1, "initial_loss_scale", "1 or more", self.initial_loss_scale)
+        check(not (self.fp16 and self.bf16), "bf16", "left out with --fp16", self.bf16)
+        super().__post_init__()
 
 
 def check_packable(config: dict[str, Any]) -> None:

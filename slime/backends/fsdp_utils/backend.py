@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from slime.backends.fsdp_utils import checkpoint, sources
@@ -37,6 +36,7 @@ from slime.backends.fsdp_utils.model import (
     wants_compilation,
 )
 from slime.backends.fsdp_utils.offload import HostCopy
+from slime.backends.fsdp_utils.optimizer import LossScale, adamw, clip_gradients, forget, freeze
 from slime.backends.fsdp_utils.sources import Source
 from slime.backends.fsdp_utils.value_model import ValueModel, shard_critic
 from slime.config.run import RunConfig
@@ -85,6 +85,7 @@ class FSDPBackend:
         self.copies: set[ModelTag] = set()  # models that moved since they were loaded: a checkpoint holds them too
         self.export_dtype = checkpoint_dtype(run.hf_checkpoint, trust_remote_code=run.trust_remote_code)
         self.num_steps = 0
+        self.loss_scale = LossScale(fsdp.initial_loss_scale, fsdp.loss_scale_window) if fsdp.fp16 else LossScale()
         self.host_copy = HostCopy()
         torch.use_deterministic_algorithms(fsdp.deterministic_mode)
 
@@ -94,7 +95,7 @@ class FSDPBackend:
         torch.manual_seed(self.run.seed)
         source = sources.critic_source(self.run) if self.role == "critic" else sources.actor_source(self.run)
         self.models[self.role] = model = self._load_model(source, self.role)
-        self.optimizer = _adamw(model, self.run)
+        self.optimizer = adamw(model, self.run)
         first = self._continue(source.checkpoint) if source.checkpoint and source.is_continued else 0
         if self.role == "actor":
             self._load_frozen(source)
@@ -118,12 +119,14 @@ class FSDPBackend:
         """`lm` as the model that `tag` wants, on the device; only that of the role is trained."""
         lm.eval()  # no dropout: the policy that is trained must be the one that was sampled
         lm.requires_grad_(tag == self.role)
+        if tag == self.role == "actor":
+            freeze(lm, self.run)
         if tag == self.role and self.fsdp.gradient_checkpointing:
             enable_gradient_checkpointing(lm)
         layers = decoder_layers(lm)
         if wants_compilation(self.fsdp.torch_compile, self.device):
             compile_each(layers)
-        compute = compute_dtype(self.fsdp.bf16, self.device)
+        compute = compute_dtype(self.fsdp, self.device)
         if tag == "critic":
             critic = ValueModel(lm, share_prompts=self.fsdp.share_prompts, context=self.context).to(self.device)
             shard_critic(critic, layers, mesh=self.mesh, compute=compute)
@@ -161,13 +164,16 @@ class FSDPBackend:
         if not self.run.no_load_rng:
             checkpoint.load_rng(folder)
         self.num_steps = meta.num_steps
+        if self.fsdp.fp16 and meta.loss_scale is not None:
+            self.loss_scale.value, self.loss_scale.num_good = meta.loss_scale
         logger.info("loaded %s, %d optimizer steps", folder, meta.num_steps)
         return meta.rollout_id + 1
 
     def save(self, rollout_id: int) -> None:
         assert self.run.save is not None
         optimizer = None if self.run.no_save_optim else self.optimizer
-        meta = checkpoint.Meta(rollout_id=rollout_id, num_steps=self.num_steps)
+        scale = (self.loss_scale.value, self.loss_scale.num_good) if self.fsdp.fp16 else None
+        meta = checkpoint.Meta(rollout_id=rollout_id, num_steps=self.num_steps, loss_scale=scale)
         if self.run.save_hf is not None:
             directory = Path(self.run.save_hf.format(rollout_id=rollout_id))
             write_hf_directory(
@@ -208,34 +214,37 @@ class FSDPBackend:
         return outputs
 
     def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
-        model = self.models[self.role]
-        lr = learning_rate(self.num_steps, self.run, self._total_steps())
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        metrics = self._sum_metrics([self._backward(model, batch, loss, wants) for batch in batches])
-        grad_norm = self._clip_gradients(model)
+        parameters = self.models[self.role].parameters()
+        lr = self._begin_step()
+        metrics = self._sum_metrics([self._backward(batch, loss, wants) for batch in batches])
+        scale = self.loss_scale.value
+        grad_norm = clip_gradients(parameters, self.run.clip_grad, scale=scale)
         is_finite = all(torch.isfinite(torch.tensor([grad_norm, metrics["loss"]])))
         if is_finite:
             self.optimizer.step()
         self.optimizer.zero_grad()  # gradients take no memory between steps
         self.num_steps += 1
-        return StepMetrics(metrics, grad_norm, lr, skipped=not is_finite)
+        overflowed = self.loss_scale.explains(loss=metrics["loss"], grad_norm=grad_norm)
+        self.loss_scale.update(overflowed=overflowed)
+        shown = scale if self.fsdp.fp16 else None
+        return StepMetrics(metrics, grad_norm, lr, skipped=not is_finite, loss_scale=shown, overflowed=overflowed)
 
-    def _backward(self, model: Model, batch: PackedBatch, loss: LossFn, wants: Wants) -> LossOutput:
+    def _begin_step(self) -> float:
+        """Returns the learning rate of the step."""
+        if self.run.reset_optimizer_states and self.num_steps % (self.run.num_steps_per_rollout or 1) == 0:
+            forget(self.optimizer)
+        lr = learning_rate(self.num_steps, self.run, self._total_steps())
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _backward(self, batch: PackedBatch, loss: LossFn, wants: Wants) -> LossOutput:
         batch = batch.to(self.device)
-        result = loss(model(batch, wants), batch, lambda values_T: _sequence_sum(values_T, batch))
+        result = loss(self.models[self.role](batch, wants), batch, lambda values_T: _sequence_sum(values_T, batch))
         # FSDP averages gradients over all ranks. They must be added up instead: of shares of the step's loss and, where
         # ranks share its tokens, of what each of them took of the gradient of the same loss.
-        (result.loss * self.layout.world_size).backward()
+        (result.loss * (self.layout.world_size * self.loss_scale.value)).backward()
         return result._replace(metrics=result.metrics | {"loss": result.loss.detach()})
-
-    def _clip_gradients(self, model: nn.Module) -> float:
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.run.clip_grad > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.run.clip_grad, norm)
-        return float(norm)
 
     def _sum_metrics(self, results: list[LossOutput]) -> dict[str, float]:
         names = list(results[0].metrics)
@@ -283,14 +292,3 @@ def _copy_tensors(source: nn.Module, target: nn.Module, what: str) -> None:
 
 def _sequence_sum(values_T: Tensor, batch: PackedBatch) -> Tensor:
     return values_T.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, values_T)
-
-
-def _adamw(model: nn.Module, run: RunConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only, as is usual for transformers."""
-    by_rank = sorted(model.parameters(), key=lambda parameter: parameter.ndim < 2)
-    groups = [
-        {"params": list(members), "weight_decay": 0.0 if is_vector else run.weight_decay}
-        for is_vector, members in itertools.groupby(by_rank, key=lambda parameter: parameter.ndim < 2)
-    ]
-    betas = (run.adam_beta1, run.adam_beta2)
-    return torch.optim.AdamW(groups, lr=run.lr, betas=betas, eps=run.adam_eps, fused=True)

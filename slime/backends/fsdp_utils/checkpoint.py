@@ -40,10 +40,11 @@ class CheckpointError(ValueError):
 
 
 class Meta(NamedTuple):
-    """What a checkpoint says of itself. num_steps: optimizer steps taken so far."""
+    """What a checkpoint says of itself. num_steps: of the optimizer. loss_scale: of float16, and its good steps."""
 
     rollout_id: int
     num_steps: int
+    loss_scale: tuple[float, int] | None = None
 
 
 def find_checkpoint(root: str | None, step: int | None) -> Path | None:

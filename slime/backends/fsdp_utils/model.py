@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from slime.backends.fsdp_utils import attention
+from slime.backends.fsdp_utils.arguments import FSDPConfig
 from slime.backends.fsdp_utils.context_parallel import ContextGroup
 from slime.backends.fsdp_utils.prompt_sharing import shared_prompts
 from slime.backends.fsdp_utils.target_log_probs import LogitRule, target_log_probs
@@ -132,9 +133,11 @@ def _logit_softcap(lm: PreTrainedModel) -> float | None:
     return config.get("final_logit_softcapping")
 
 
-def compute_dtype(bf16: bool | None, device: torch.device) -> torch.dtype:
-    """Of parameters in forward and backward: bfloat16 where asked for, by default on GPUs. Else all is float32."""
-    wants_bf16 = device.type == "cuda" if bf16 is None else bf16
+def compute_dtype(fsdp: FSDPConfig, device: torch.device) -> torch.dtype:
+    """Of parameters in forward and backward: half precision where asked for, bfloat16 by default on GPUs."""
+    if fsdp.fp16:
+        return torch.float16
+    wants_bf16 = device.type == "cuda" if fsdp.bf16 is None else fsdp.bf16
     return torch.bfloat16 if wants_bf16 else torch.float32
 
 
