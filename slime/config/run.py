@@ -97,6 +97,7 @@ def critic_settings(config: RunT) -> RunT:
         ckpt_step=config.ckpt_step if config.critic_load is None else None,
         save=save,
         save_hf=None,
+        async_save=False,  # complete before the actor's, whose tracker makes both count
         lr=config.lr if config.critic_lr is None else config.critic_lr,
         min_lr=0.0 if config.critic_lr is not None else config.min_lr,
         lr_warmup_iters=config.critic_lr_warmup_iters,

@@ -173,6 +173,7 @@ def _external_engines(config: RunConfig, addresses: list[str]) -> None:
 
 def _checkpoint(config: RunConfig) -> dict[str, Any]:
     _require(config.save_hf is None or config.save is not None, "--save-hf needs --save: both are written together.")
+    _require(not config.async_save or config.save is not None, "--async-save needs --save: a folder to write to.")
     _require(
         config.save_interval is None or config.save is not None, "--save-interval needs --save: a folder to write to."
     )

@@ -179,6 +179,11 @@ class ActorGroup:
         calls = [rank.save.remote(rollout_id) for rank in self.ranks]
         self._all(calls, self.args.train_timeout_s, f"the {self.name}'s checkpoint of rollout {rollout_id}")
 
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is still being written."""
+        calls = [rank.finish_save.remote() for rank in self.ranks]
+        self._all(calls, self.args.train_timeout_s, f"the end of the {self.name}'s last save")
+
     def sleep(self) -> None:
         """Give device memory to the engines."""
         self._all(

@@ -231,6 +231,8 @@ class Job:
             if is_last and self.args.save is not None and self.saved_rollout_id != rollout_id:
                 self.memory.to_training()  # the signal came after that: the trainers may be asleep again
                 self.save(rollout_id)
+            if self.args.async_save and (is_last or rollout_id == self.num_rollout - 1):
+                self._finish_saves()
             self.journal.end_step(rollout_id)
             if is_last:
                 return
@@ -262,6 +264,11 @@ class Job:
             for group in reversed(self.trainers):
                 group.save(rollout_id)
         self.saved_rollout_id = rollout_id
+
+    def _finish_saves(self) -> None:
+        with self.journal.phase("save", "the last checkpoint"):
+            for group in self.trainers:
+                group.finish_save()
 
     def _load_prompts(self, ref: ObjectRef, what: str) -> Any:
         return self.watchdog.get([ref], timeout_s=self.args.trainer_start_timeout_s, what=what)[0]

@@ -83,13 +83,13 @@ class TrainActor:
         """Join the world, load model and optimizer. Returns the first rollout id to run."""
         import torch
 
-        from slime.utils.distributed import init_process_group, pick_device
+        from slime.utils.distributed import communication, init_process_group, pick_device
 
         torch.set_num_threads(num_threads)
         device = pick_device(self.args.device)
-        backend = self.args.distributed_backend
+        cpu_backend = self.args.fsdp_cpu_backend if self.args.fsdp_cpu_offload else None
         init_process_group(
-            backend=("nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend,
+            backend=communication(self.args.distributed_backend, device, cpu_backend=cpu_backend),
             rank=self.rank,
             world_size=self.args.num_critics if self.role == "critic" else self.args.num_trainers,
             address=address,
@@ -229,6 +229,10 @@ class TrainActor:
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint."""
         self.backend.save(rollout_id)
+
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is still being written."""
+        self.backend.finish_save()
 
     def sleep(self) -> None:
         """Give device memory to the engines."""

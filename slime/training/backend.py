@@ -131,7 +131,11 @@ class TrainBackend(Protocol):
         ...
 
     def save(self, rollout_id: int) -> None:
-        """Write a checkpoint that is complete or absent."""
+        """Write a checkpoint that is complete or absent, or begin to: with --async-save, from the state of now."""
+        ...
+
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is still being written; raises what went wrong with it."""
         ...
 
     def sleep(self) -> None:

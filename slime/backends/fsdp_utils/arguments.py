@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from slime.config.base import ConfigError, Group, arg, check, check_positive
 
@@ -18,6 +18,10 @@ class FSDPConfig(Group):
     attn_implementation: str = arg(
         "packed",
         "Attention: packed (variable-length, exact), or a name that transformers knows, such as flash_attention_2.",
+    )
+    experts_implementation: str | None = arg(
+        None,
+        "How experts compute: eager, or a name that transformers knows (default: grouped_mm, one kernel for all).",
     )
     share_prompts: bool = arg(
         True, "Compute a prompt once for the samples of a micro-batch that share it (with packed attention)."
@@ -35,6 +39,19 @@ class FSDPConfig(Group):
     )
     initial_loss_scale: float = arg(65536.0, "Loss scale that --fp16 starts with.")
     loss_scale_window: int = arg(1000, "Steps without an overflow after which the loss scale doubles.")
+    fsdp_cpu_offload: bool = arg(
+        False,
+        "Parameters, gradients and optimizer stay on the host, where the optimizer steps; for lack of GPU memory.",
+    )
+    fsdp_cpu_backend: Literal["gloo", "mpi"] = arg(
+        "gloo", "What ranks talk through about tensors on the host, with --fsdp-cpu-offload on GPUs."
+    )
+    fsdp_reshard_after_forward: bool = arg(
+        True, "Free the gathered weights of a layer after its forward; off: more memory, one gathering less."
+    )
+    offload_ref: bool = arg(
+        False, "Reference, teacher and old actor wait in page-locked host memory while they are not used."
+    )
     deterministic_mode: bool = arg(False, "Deterministic kernels only.")
 
     def __post_init__(self) -> None:

@@ -5,17 +5,17 @@ Parameters are sharded over all ranks, whatever these share.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from slime.backends.fsdp_utils import checkpoint, sources
@@ -27,16 +27,18 @@ from slime.backends.fsdp_utils.model import (
     TokenModel,
     checkpoint_dtype,
     compile_each,
-    compute_dtype,
     decoder_layers,
     empty_like,
     enable_gradient_checkpointing,
     load_causal_lm,
+    reshard,
     shard,
+    shard_options,
     wants_compilation,
 )
-from slime.backends.fsdp_utils.offload import HostCopy
+from slime.backends.fsdp_utils.offload import HostCopy, Parking
 from slime.backends.fsdp_utils.optimizer import LossScale, adamw, clip_gradients, forget, freeze
+from slime.backends.fsdp_utils.saver import Saver
 from slime.backends.fsdp_utils.sources import Source
 from slime.backends.fsdp_utils.value_model import ValueModel, shard_critic
 from slime.config.run import RunConfig
@@ -51,7 +53,6 @@ from slime.training.backend import (
     TokenOutputs,
     Wants,
 )
-from slime.weight_sync.disk import write_hf_directory
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ class FSDPBackend:
         self.num_steps = 0
         self.loss_scale = LossScale(fsdp.initial_loss_scale, fsdp.loss_scale_window) if fsdp.fp16 else LossScale()
         self.host_copy = HostCopy()
+        self.saver = Saver(run, is_writer=self.layout.is_reporter)
+        self.parking = Parking(is_wanted=fsdp.offload_ref)
         torch.use_deterministic_algorithms(fsdp.deterministic_mode)
 
     # --- life-cycle
@@ -105,6 +108,7 @@ class FSDPBackend:
         lm = load_causal_lm(
             source.directory,
             attn_implementation=self.fsdp.attn_implementation,
+            experts_implementation=self.fsdp.experts_implementation,
             trust_remote_code=self.run.trust_remote_code,
         )
         model_config = lm.config.get_text_config().to_dict()
@@ -126,10 +130,10 @@ class FSDPBackend:
         layers = decoder_layers(lm)
         if wants_compilation(self.fsdp.torch_compile, self.device):
             compile_each(layers)
-        compute = compute_dtype(self.fsdp, self.device)
+        options, reshards = shard_options(self.fsdp, self.mesh, self.device), self.fsdp.fsdp_reshard_after_forward
         if tag == "critic":
-            critic = ValueModel(lm, share_prompts=self.fsdp.share_prompts, context=self.context).to(self.device)
-            shard_critic(critic, layers, mesh=self.mesh, compute=compute)
+            critic = ValueModel(lm, share_prompts=self.fsdp.share_prompts, context=self.context)
+            shard_critic(critic, layers, options, reshard_after_forward=reshards)
             return critic
         model = TokenModel(
             lm,
@@ -137,24 +141,29 @@ class FSDPBackend:
             chunk_size=self.run.log_probs_chunk_size,
             share_prompts=self.fsdp.share_prompts,
             context=self.context,
-        ).to(self.device)
-        shard(model, layers, mesh=self.mesh, compute=compute)
+        )
+        shard(model, layers, options, reshard_after_forward=reshards)
         return model
 
     def _load_frozen(self, source: Source) -> None:
         """The models that the actor is compared with; those that a continued run had moved, from its checkpoint."""
         run = self.run
         if run.needs_reference:
-            self.models["ref"] = self._load_model(sources.reference_source(run), "ref")
+            self._load_parked(sources.reference_source(run), "ref")
         if run.needs_teacher and run.opd_teacher_load is not None:
             teacher = sources.teacher_source(run)
             sources.check_same_tokens(run.hf_checkpoint, teacher.directory, trust_remote_code=run.trust_remote_code)
-            self.models["teacher"] = self._load_model(teacher, "teacher")
+            self._load_parked(teacher, "teacher")
         wanted: dict[ModelTag, bool] = {"ref": run.needs_reference, "old_actor": run.keep_old_actor}
         for tag in [tag for tag, is_wanted in wanted.items() if is_wanted]:
             if source.checkpoint is not None and source.is_continued and (source.checkpoint / tag).is_dir():
                 self.copy_weights("actor", tag)
-                checkpoint.load_model(source.checkpoint, self.models[tag], part=tag)
+                with self.parking.writing(tag, self.models[tag]):
+                    checkpoint.load_model(source.checkpoint, self.models[tag], part=tag)
+
+    def _load_parked(self, source: Source, tag: ModelTag) -> None:
+        self.models[tag] = self._load_model(source, tag)
+        self.parking.park(tag, self.models[tag])
 
     def _continue(self, folder: Path) -> int:
         """Restore what a checkpoint holds besides weights. Returns the first rollout id to run."""
@@ -170,21 +179,18 @@ class FSDPBackend:
         return meta.rollout_id + 1
 
     def save(self, rollout_id: int) -> None:
-        assert self.run.save is not None
         optimizer = None if self.run.no_save_optim else self.optimizer
         scale = (self.loss_scale.value, self.loss_scale.num_good) if self.fsdp.fp16 else None
         meta = checkpoint.Meta(rollout_id=rollout_id, num_steps=self.num_steps, loss_scale=scale)
-        if self.run.save_hf is not None:
-            directory = Path(self.run.save_hf.format(rollout_id=rollout_id))
-            write_hf_directory(
-                self.hf_tensors(),
-                directory,
-                assets=self.run.hf_checkpoint,
-                is_writer=self.layout.is_reporter,
-                is_durable=True,
-            )
-        copies: dict[str, nn.Module] = {tag: self.models[tag] for tag in sorted(self.copies)}
-        checkpoint.save(self.run.save, meta, self.models[self.role], optimizer, copies=copies)
+        copies = {str(tag): self.models[tag] for tag in sorted(self.copies)}
+        with contextlib.ExitStack() as stack:
+            for tag, model in copies.items():
+                stack.enter_context(self.parking.reading(tag, model))
+            content = checkpoint.content_of(meta, self.models[self.role], optimizer, copies)
+            self.saver.save(content, self.hf_tensors())
+
+    def finish_save(self) -> None:
+        self.saver.finish()
 
     def sleep(self) -> None:
         """Parameters and optimizer to host memory; on a CPU they are there already. No gradient outlives a step."""
@@ -207,14 +213,14 @@ class FSDPBackend:
 
     def log_probs(self, batches: list[PackedBatch], model: ModelTag, *, entropy: bool) -> list[TokenOutputs]:
         wants = Wants(entropy=entropy)
-        with torch.no_grad():
+        with torch.no_grad(), self.parking.reading(model, self.models[model]):
             outputs = [self.models[model](batch.to(self.device), wants) for batch in batches]
-        # FSDP keeps its last group whole for a backward that does not come: memory, and weights no copy would reach.
-        cast(FSDPModule, self.models[model]).reshard()
+        reshard(self.models[model])
         return outputs
 
     def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
         parameters = self.models[self.role].parameters()
+        self.saver.check()
         lr = self._begin_step()
         metrics = self._sum_metrics([self._backward(batch, loss, wants) for batch in batches])
         scale = self.loss_scale.value
@@ -269,7 +275,8 @@ class FSDPBackend:
     def copy_weights(self, source: ModelTag, target: ModelTag) -> None:
         if target not in self.models:
             self.models[target] = self._sharded(empty_like(self._policy(source).lm), target)
-        _copy_tensors(self.models[source], self.models[target], f"{source} to {target}")
+        with self.parking.writing(target, self.models[target]):
+            _copy_tensors(self.models[source], self.models[target], f"{source} to {target}")
         self.copies.add(target)
 
     def _policy(self, tag: ModelTag) -> TokenModel:

@@ -12,14 +12,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -141,13 +141,20 @@ def compute_dtype(fsdp: FSDPConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wants_bf16 else torch.float32
 
 
-def load_causal_lm(directory: str, *, attn_implementation: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a Hugging Face directory in float32 on the CPU.
+def load_causal_lm(
+    directory: str,
+    *,
+    attn_implementation: str,
+    experts_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a Hugging Face directory in float32 on the CPU. experts_implementation: None: transformers' own.
 
     Raises ValueError, naming the tensor, where weights are missing or do not fit the config.
     """
     attention.register_packed_attention()
     loader: Any = AutoModelForCausalLM
+    experts = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     with _errors_that_name(directory):
         lm, info = loader.from_pretrained(
             directory,
@@ -156,6 +163,7 @@ def load_causal_lm(directory: str, *, attn_implementation: str, trust_remote_cod
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **experts,
         )
     if info["mismatched_keys"]:
         name, found, wanted = sorted(info["mismatched_keys"])[0]
@@ -192,12 +200,40 @@ def empty_like(lm: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, twin)
 
 
-def shard(model: nn.Module, layers: list[nn.Module], *, mesh: DeviceMesh, compute: torch.dtype) -> None:
-    """FSDP2, in place: one group for each of the `layers`, one for the rest (embeddings, final norm, head)."""
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+class ShardOptions(NamedTuple):
+    """How FSDP2 holds a model and computes with it."""
+
+    mesh: DeviceMesh
+    mp_policy: MixedPrecisionPolicy
+    offload_policy: OffloadPolicy
+
+    def float32(self) -> ShardOptions:
+        """The same in float32 throughout."""
+        return self._replace(mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
+
+
+def shard_options(fsdp: FSDPConfig, mesh: DeviceMesh, device: torch.device) -> ShardOptions:
+    """What the settings say. Host memory is page-locked where there is a GPU."""
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if fsdp.fsdp_cpu_offload else OffloadPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(fsdp, device), reduce_dtype=torch.float32)
+    return ShardOptions(mesh, policy, offload)
+
+
+def shard(model: nn.Module, layers: list[nn.Module], options: ShardOptions, *, reshard_after_forward: bool) -> None:
+    """FSDP2, in place: one group for each of the `layers`, one for the rest (embeddings, final norm, head).
+
+    Each group moves to the device, or the shard of it to the host, before the next.
+    """
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, **options._asdict(), reshard_after_forward=reshard_after_forward)
+    fully_shard(model, **options._asdict())
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights: FSDP keeps some for a backward, which does not come after a forward alone."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def wants_compilation(torch_compile: bool | None, device: torch.device) -> bool:

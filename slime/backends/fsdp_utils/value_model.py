@@ -7,12 +7,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from slime.backends.fsdp_utils.context_parallel import ContextGroup
-from slime.backends.fsdp_utils.model import shard, target_outputs
+from slime.backends.fsdp_utils.model import ShardOptions, shard, target_outputs
 from slime.data.packed import PackedBatch
 from slime.training.backend import TokenOutputs, Wants
 
@@ -40,7 +39,9 @@ class ValueModel(nn.Module):
         return TokenOutputs(torch.zeros_like(values_O), values=values_O)
 
 
-def shard_critic(model: ValueModel, layers: list[nn.Module], *, mesh: DeviceMesh, compute: torch.dtype) -> None:
+def shard_critic(
+    model: ValueModel, layers: list[nn.Module], options: ShardOptions, *, reshard_after_forward: bool
+) -> None:
     """FSDP2, in place. The head is small and its output is regressed on: it computes in float32."""
-    fully_shard(model.head, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
-    shard(model, layers, mesh=mesh, compute=compute)
+    fully_shard(model.head, **options.float32()._asdict())
+    shard(model, layers, options, reshard_after_forward=reshard_after_forward)
