@@ -13,6 +13,7 @@ import yaml
 
 import slime
 from slime.arguments import ALL_GROUPS, DERIVED, Args, parse_args, settings_as_dict
+from slime.backends.fsdp_utils.arguments import FSDPConfig
 from slime.config import ConfigError
 from slime.config.flags import Setting, build_parser, flag_of, reference_page, settings_of
 
@@ -234,6 +235,16 @@ def test_a_file_sets_what_flags_do_not(base: list[str], tmp_path: Path, suffix: 
     args = parse_args(["--config", str(path), *base])
     assert (args.lr, args.rollout_stop, args.kl_loss_type, args.rewards_normalization) == (1e-5, ["a"], "k2", False)
     assert args.num_rollout == 3, "flags win"
+
+
+def test_every_setting_of_fsdp_can_be_given_in_a_file(base: list[str], tmp_path: Path) -> None:
+    values = {setting.name: example(setting)[1] for setting in settings_of(FSDPConfig)} | {"bf16": False}
+    values |= {"fp16": True, "initial_loss_scale": 1024.0}
+    args = parse_args([*base, "--config", write(tmp_path / "fsdp.yaml", values)])
+    assert {name: getattr(args, name) for name in values} == values
+    assert any(values[setting.name] != setting.default for setting in settings_of(FSDPConfig))
+    with pytest.raises(ConfigError, match=r"fsdp.yaml: .*fsdp_cpu_ofload.* Did you mean fsdp_cpu_offload"):
+        parse_args([*base, "--config", write(tmp_path / "fsdp.yaml", {"fsdp_cpu_ofload": True})])
 
 
 def test_a_flag_wins_over_a_file_even_where_it_says_the_default(base: list[str], tmp_path: Path) -> None:

@@ -42,6 +42,14 @@ class OptimizerConfig(Group):
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = arg(
         "exponential", "Shape of that decay."
     )
+    use_checkpoint_lr_scheduler: bool = arg(
+        False, "A run that continues keeps the learning-rate schedule of its checkpoint, whatever the settings say."
+    )
+    override_lr_scheduler: bool = arg(
+        False,
+        "A run that continues follows the settings' schedule, as it does anyway; without a warning where that is new.",
+        alias="--override-opt-param-scheduler",
+    )
     weight_decay: float = arg(0.0, "Decoupled weight decay, on matrices only.")
     adam_beta1: float = arg(0.9, "Decay of the first moment.")
     adam_beta2: float = arg(0.95, "Decay of the second moment.")
@@ -73,6 +81,12 @@ class OptimizerConfig(Group):
             "freeze_params_name_list",
             "left out where --only-train-params-name-list is given",
             self.freeze_params_name_list,
+        )
+        check(
+            not (self.use_checkpoint_lr_scheduler and self.override_lr_scheduler),
+            "override_lr_scheduler",
+            "left out with --use-checkpoint-lr-scheduler",
+            self.override_lr_scheduler,
         )
         for name in ("adam_beta1", "adam_beta2"):
             check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,7 +57,8 @@ class FSDPConfig(Group):
 
     def __post_init__(self) -> None:
         check_positive(self, "loss_scale_window")
-        check(self.initial_loss_scale >= 1, "initial_loss_scale", "1 or more", self.initial_loss_scale)
+        scale = self.initial_loss_scale
+        check(scale >= 1 and math.log2(scale).is_integer(), "initial_loss_scale", "a power of two, 1 or more", scale)
         check(not (self.fp16 and self.bf16), "bf16", "left out with --fp16", self.bf16)
         super().__post_init__()
 

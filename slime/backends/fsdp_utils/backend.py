@@ -22,7 +22,7 @@ from slime.backends.fsdp_utils import checkpoint, sources
 from slime.backends.fsdp_utils.arguments import FSDPConfig, check_context_parallel, check_packable
 from slime.backends.fsdp_utils.context_parallel import context_group
 from slime.backends.fsdp_utils.hf_names import hf_named_tensors
-from slime.backends.fsdp_utils.lr_schedule import learning_rate
+from slime.backends.fsdp_utils.lr_schedule import continued, learning_rate, schedule_of
 from slime.backends.fsdp_utils.model import (
     TokenModel,
     checkpoint_dtype,
@@ -173,6 +173,7 @@ class FSDPBackend:
         if not self.run.no_load_rng:
             checkpoint.load_rng(folder)
         self.num_steps = meta.num_steps
+        self.run = continued(self.run, meta.schedule, self._total_steps())
         if self.fsdp.fp16 and meta.loss_scale is not None:
             self.loss_scale.value, self.loss_scale.num_good = meta.loss_scale
         logger.info("loaded %s, %d optimizer steps", folder, meta.num_steps)
@@ -181,7 +182,8 @@ class FSDPBackend:
     def save(self, rollout_id: int) -> None:
         optimizer = None if self.run.no_save_optim else self.optimizer
         scale = (self.loss_scale.value, self.loss_scale.num_good) if self.fsdp.fp16 else None
-        meta = checkpoint.Meta(rollout_id=rollout_id, num_steps=self.num_steps, loss_scale=scale)
+        schedule = schedule_of(self.run, self._total_steps())
+        meta = checkpoint.Meta(rollout_id, self.num_steps, loss_scale=scale, schedule=schedule)
         copies = {str(tag): self.models[tag] for tag in sorted(self.copies)}
         with contextlib.ExitStack() as stack:
             for tag, model in copies.items():

@@ -40,11 +40,15 @@ class CheckpointError(ValueError):
 
 
 class Meta(NamedTuple):
-    """What a checkpoint says of itself. num_steps: of the optimizer. loss_scale: of float16, and its good steps."""
+    """What a checkpoint says of itself.
+
+    num_steps: of the optimizer. loss_scale: of float16, and its good steps. schedule: of the learning rate.
+    """
 
     rollout_id: int
     num_steps: int
     loss_scale: tuple[float, int] | None = None
+    schedule: dict[str, Any] | None = None
 
 
 def find_checkpoint(root: str | None, step: int | None) -> Path | None:

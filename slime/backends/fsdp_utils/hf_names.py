@@ -44,7 +44,8 @@ def _full(tensor: Tensor) -> Tensor:
     """Gathered on the device of its mesh, also where the shards lie on the host."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return cast(DTensor, tensor.to(tensor.device_mesh.device_type)).full_tensor()
+    device = tensor.device_mesh.device_type
+    return tensor.full_tensor() if tensor.device.type == device else cast(DTensor, tensor.to(device)).full_tensor()
 
 
 def _under_checkpoint_names(lm: PreTrainedModel, bucket: dict[str, Tensor]) -> Iterator[NamedTensor]:

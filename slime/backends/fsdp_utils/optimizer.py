@@ -70,8 +70,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, scale
 class LossScale:
     """What the loss is multiplied by so that float16 gradients do not vanish; halves where one overflows.
 
-    window: steps without an overflow after which it doubles; 0: never. Give powers of two: float32 divides by them
-    exactly.
+    window: steps without an overflow after which it doubles; 0: never. A power of two: float32 divides by it exactly.
     """
 
     value: float = 1.0
