@@ -10,37 +10,23 @@ import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import PreTrainedModel
 
 from slime.backends.fsdp_utils import checkpoint, sources
-from slime.backends.fsdp_utils.arguments import FSDPConfig, check_context_parallel, check_packable
+from slime.backends.fsdp_utils.arguments import FSDPConfig
+from slime.backends.fsdp_utils.build import Builder, Model, Role, copy_tensors
 from slime.backends.fsdp_utils.context_parallel import context_group
 from slime.backends.fsdp_utils.hf_names import hf_named_tensors
 from slime.backends.fsdp_utils.lr_schedule import continued, learning_rate, schedule_of
-from slime.backends.fsdp_utils.model import (
-    TokenModel,
-    checkpoint_dtype,
-    compile_each,
-    decoder_layers,
-    empty_like,
-    enable_gradient_checkpointing,
-    load_causal_lm,
-    reshard,
-    shard,
-    shard_options,
-    wants_compilation,
-)
+from slime.backends.fsdp_utils.model import TokenModel, checkpoint_dtype, empty_like, reshard
 from slime.backends.fsdp_utils.offload import HostCopy, Parking
-from slime.backends.fsdp_utils.optimizer import LossScale, adamw, clip_gradients, forget, freeze
+from slime.backends.fsdp_utils.optimizer import LossScale, adamw, clip_gradients, forget
 from slime.backends.fsdp_utils.saver import Saver
 from slime.backends.fsdp_utils.sources import Source
-from slime.backends.fsdp_utils.value_model import ValueModel, shard_critic
 from slime.config.run import RunConfig
 from slime.data.packed import PackedBatch
 from slime.training.backend import (
@@ -55,10 +41,6 @@ from slime.training.backend import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-Role = Literal["actor", "critic"]
-Model = TokenModel | ValueModel
 
 
 class FSDPBackend:
@@ -81,7 +63,8 @@ class FSDPBackend:
             data_size=size // context_size,
             context_size=context_size,
         )
-        self.context = context_group(context_size, timeout_minutes=run.distributed_timeout_minutes)
+        context = context_group(context_size, timeout_minutes=run.distributed_timeout_minutes)
+        self.build = Builder(run, fsdp, device, self.mesh, context, role)
         self.models: dict[ModelTag, Model] = {}
         self.copies: set[ModelTag] = set()  # models that moved since they were loaded: a checkpoint holds them too
         self.export_dtype = checkpoint_dtype(run.hf_checkpoint, trust_remote_code=run.trust_remote_code)
@@ -97,53 +80,12 @@ class FSDPBackend:
     def load(self) -> int:
         torch.manual_seed(self.run.seed)
         source = sources.critic_source(self.run) if self.role == "critic" else sources.actor_source(self.run)
-        self.models[self.role] = model = self._load_model(source, self.role)
+        self.models[self.role] = model = self.build.load(source, self.role)
         self.optimizer = adamw(model, self.run)
         first = self._continue(source.checkpoint) if source.checkpoint and source.is_continued else 0
         if self.role == "actor":
             self._load_frozen(source)
         return first
-
-    def _load_model(self, source: Source, tag: ModelTag) -> Model:
-        lm = load_causal_lm(
-            source.directory,
-            attn_implementation=self.fsdp.attn_implementation,
-            experts_implementation=self.fsdp.experts_implementation,
-            trust_remote_code=self.run.trust_remote_code,
-        )
-        model_config = lm.config.get_text_config().to_dict()
-        check_packable(model_config)
-        check_context_parallel(self.layout.context_size, self.fsdp, model_config)
-        model = self._sharded(lm, tag)
-        if source.checkpoint is not None:
-            checkpoint.load_model(source.checkpoint, model)
-        return model
-
-    def _sharded(self, lm: PreTrainedModel, tag: ModelTag) -> Model:
-        """`lm` as the model that `tag` wants, on the device; only that of the role is trained."""
-        lm.eval()  # no dropout: the policy that is trained must be the one that was sampled
-        lm.requires_grad_(tag == self.role)
-        if tag == self.role == "actor":
-            freeze(lm, self.run)
-        if tag == self.role and self.fsdp.gradient_checkpointing:
-            enable_gradient_checkpointing(lm)
-        layers = decoder_layers(lm)
-        if wants_compilation(self.fsdp.torch_compile, self.device):
-            compile_each(layers)
-        options, reshards = shard_options(self.fsdp, self.mesh, self.device), self.fsdp.fsdp_reshard_after_forward
-        if tag == "critic":
-            critic = ValueModel(lm, share_prompts=self.fsdp.share_prompts, context=self.context)
-            shard_critic(critic, layers, options, reshard_after_forward=reshards)
-            return critic
-        model = TokenModel(
-            lm,
-            temperature=self.run.rollout_temperature,
-            chunk_size=self.run.log_probs_chunk_size,
-            share_prompts=self.fsdp.share_prompts,
-            context=self.context,
-        )
-        shard(model, layers, options, reshard_after_forward=reshards)
-        return model
 
     def _load_frozen(self, source: Source) -> None:
         """The models that the actor is compared with; those that a continued run had moved, from its checkpoint."""
@@ -162,7 +104,7 @@ class FSDPBackend:
                     checkpoint.load_model(source.checkpoint, self.models[tag], part=tag)
 
     def _load_parked(self, source: Source, tag: ModelTag) -> None:
-        self.models[tag] = self._load_model(source, tag)
+        self.models[tag] = self.build.load(source, tag)
         self.parking.park(tag, self.models[tag])
 
     def _continue(self, folder: Path) -> int:
@@ -276,27 +218,15 @@ class FSDPBackend:
 
     def copy_weights(self, source: ModelTag, target: ModelTag) -> None:
         if target not in self.models:
-            self.models[target] = self._sharded(empty_like(self._policy(source).lm), target)
+            self.models[target] = self.build.sharded(empty_like(self._policy(source).lm), target)
         with self.parking.writing(target, self.models[target]):
-            _copy_tensors(self.models[source], self.models[target], f"{source} to {target}")
+            copy_tensors(self.models[source], self.models[target], f"{source} to {target}")
         self.copies.add(target)
 
     def _policy(self, tag: ModelTag) -> TokenModel:
         model = self.models[tag]
         assert isinstance(model, TokenModel), f"{tag} has no token probabilities"
         return model
-
-
-@torch.no_grad()
-def _copy_tensors(source: nn.Module, target: nn.Module, what: str) -> None:
-    """Every rank copies its shards. Raises ValueError for models of different shapes."""
-    tensors = [dict(itertools.chain(model.named_parameters(), model.named_buffers())) for model in (source, target)]
-    shapes = [{name: tuple(tensor.shape) for name, tensor in named.items()} for named in tensors]
-    if different := sorted(dict(shapes[0].items() ^ shapes[1].items())):
-        ours, theirs = (named.get(different[0], "none") for named in shapes)
-        raise ValueError(f"weights cannot be copied from {what}: tensor {different[0]} has shapes {ours} and {theirs}")
-    for name, tensor in tensors[1].items():
-        tensor.copy_(tensors[0][name])
 
 
 def _sequence_sum(values_T: Tensor, batch: PackedBatch) -> Tensor:
