@@ -11,7 +11,7 @@ import pytest
 from helpers.tiny_models import make_tiny_model
 
 from slime.arguments import Args, parse_args
-from slime.cli.dry_run import plan
+from slime.cli.dry_run import plan, training_load
 from slime.cli.preflight import preflight
 
 MakeArgs = Callable[..., Args]
@@ -181,3 +181,30 @@ def test_the_plan_names_every_model_that_is_served(make_args: MakeArgs, model: P
     assert rows["engines of student"] == "1 x 1, auto, in the trainers' slots, in turns"
     assert rows["engines of judge"] == f"1 x 1, auto, in the trainers' slots, in turns, weights of {model}"
     assert rows["router"] == "sglang-router, on a free port, for each model"
+    assert rows["each engine slot of judge"].startswith("weights ")
+
+
+def test_the_plan_tells_memory_awake_and_asleep(make_args: MakeArgs) -> None:
+    args = make_args([ROW], "--rm-type", "random", "--device", "cuda", "--gradient-checkpointing")
+    rows = dict(row for section in plan(args, preflight(args)) for row in section.rows)
+    assert " at its peak: weights and Adam " in rows["each trainer"]
+    assert rows["each trainer asleep"].endswith("page-locked, on the host")
+    assert "two buckets" in rows["while weights are sent"]
+    disaggregated = make_args([ROW], "--rm-type", "random", "--no-colocate", "--rollout-num-gpus", "1")
+    names = {name for section in plan(disaggregated, preflight(disaggregated)) for name, _ in section.rows}
+    assert not {"each trainer asleep", "while weights are sent"} & names
+
+
+def test_what_a_rank_holds_follows_from_the_settings(make_args: MakeArgs) -> None:
+    on_gpu = training_load(
+        make_args([ROW], "--device", "cuda", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "90")
+    )
+    assert (on_gpu.compute_bytes, on_gpu.is_compiled, on_gpu.micro_batch_tokens, on_gpu.accumulates) == (
+        2,
+        True,
+        90,
+        True,
+    )
+    on_cpu = training_load(make_args([ROW], "--device", "cpu", "--micro-batch-size", "4"))
+    assert (on_cpu.compute_bytes, on_cpu.is_compiled, on_cpu.micro_batch_tokens) == (4, False, 4 * 32)
+    assert not on_cpu.accumulates, "the 4 samples of a step are one micro-batch"
