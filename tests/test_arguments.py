@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import slime
 from slime.arguments import ALL_GROUPS, DERIVED, Args, parse_args, settings_as_dict
 from slime.backends.fsdp_utils.arguments import FSDPConfig
 from slime.config import ConfigError
-from slime.config.flags import Setting, build_parser, flag_of, reference_page, settings_of
+from slime.config.flags import INSTEAD, Setting, build_parser, flag_of, reference_page, settings_of
 
 SETTINGS = [setting for group in ALL_GROUPS for setting in settings_of(group)]
 
@@ -382,6 +383,18 @@ def test_a_file_passes_on_too_and_flags_come_after(base: list[str], tmp_path: Pa
     at = args.sglang_args.index("--cuda-graph-bs")
     assert args.sglang_args[at : at + 3] == ["--cuda-graph-bs", "1", "2"]
     assert "--enable-metrics" in args.sglang_args
+
+
+@pytest.mark.parametrize("flag", list(INSTEAD))
+def test_a_flag_of_other_versions_is_refused_with_what_to_do(base: list[str], flag: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"There is no setting {flag} here: {re.escape(INSTEAD[flag])}"):
+        parse_args([*base, flag])
+    key = flag[2:].replace("-", "_")
+    with pytest.raises(ConfigError, match=f"There is no setting {key} here"):
+        parse_args(["--config", write(tmp_path / "run.yaml", {key: 1}), *base])
+    known = {flag for setting in SETTINGS for flag in setting.flags}
+    named = re.findall(r"--[a-z][a-z-]+[a-z]", INSTEAD[flag])
+    assert {name for name in named if not name.startswith("--router")} <= known
 
 
 @pytest.mark.parametrize(

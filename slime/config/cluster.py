@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from slime.config.base import Group, arg, check_not_negative, check_positive
+from slime.config.base import Group, arg, check, check_not_negative, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class ClusterConfig(Group):
     num_threads: int | None = arg(
         None, "CPU threads of each trainer and each engine (default: the node's cores over the number of either)."
     )
+    train_env_vars: dict[str, Any] = arg({}, "JSON: environment variables of the trainers' processes.")
     cluster_timeout_s: float = arg(120.0, "Deadline for the cluster to offer the slots asked for, in seconds.")
     engine_start_timeout_s: float = arg(600.0, "Deadline for engines and router to answer /health, in seconds.")
     trainer_start_timeout_s: float = arg(1800.0, "Deadline for trainers to load the model, in seconds.")
@@ -55,6 +56,8 @@ class ClusterConfig(Group):
         check_positive(self, "distributed_timeout_minutes", "cluster_timeout_s", "engine_start_timeout_s")
         check_positive(self, "trainer_start_timeout_s", "rollout_timeout_s", "train_timeout_s")
         check_positive(self, "weight_sync_timeout_s", "shutdown_grace_s")
+        ill = [name for name, value in self.train_env_vars.items() if not isinstance(value, str | int | float)]
+        check(not ill, "train_env_vars", "names with texts or numbers", ", ".join(ill))
         super().__post_init__()
 
     @property

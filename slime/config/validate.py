@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slime.config.base import ConfigError
+from slime.config.base import ConfigError, flag_of
 from slime.config.rollout import DEFAULT_ROLLOUT_FUNCTION, FULLY_ASYNC_ROLLOUT_FUNCTION
 from slime.config.run import RunConfig
 from slime.config.served_models import ServedModel, groups_of, read_served_models
@@ -24,7 +24,7 @@ RunT = TypeVar("RunT", bound=RunConfig)
 
 def resolve(config: RunT) -> RunT:
     """`config` with every derived setting filled in. Raises ConfigError where settings contradict each other."""
-    for rule in (_debug, _cluster, _checkpoint, _batch, _algorithm, _rollout, _evaluate):
+    for rule in (_debug, _ci, _cluster, _checkpoint, _batch, _algorithm, _rollout, _evaluate):
         config = replace(config, **rule(config))
     return config
 
@@ -72,6 +72,17 @@ def _debug(config: RunConfig) -> dict[str, Any]:
         changes |= {"colocate": True, "rollout_num_gpus": slots, "actor_num_nodes": 1, "actor_num_gpus_per_node": slots}
         changes |= {"critic_num_nodes": None, "critic_num_gpus_per_node": None, "keep_old_actor": False}
     return changes
+
+
+def _ci(config: RunConfig) -> dict[str, Any]:
+    needing = ("ci_disable_kl_checker", "ci_save_grad_norm", "ci_load_grad_norm", "ci_metric_checker_key")
+    given = [name for name in needing if getattr(config, name)]
+    _require(config.ci_test or not given, f"{', '.join(map(flag_of, given))}: has no effect without --ci-test: add it.")
+    _require(
+        (config.ci_metric_checker_key is None) == (config.ci_metric_checker_threshold is None),
+        "--ci-metric-checker-key and --ci-metric-checker-threshold go together.",
+    )
+    return {}
 
 
 def _cluster(config: RunConfig) -> dict[str, Any]:
@@ -376,6 +387,8 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
     )
     if config.rollout_function_path == FULLY_ASYNC_ROLLOUT_FUNCTION:
         _fully_async(config)
+    if config.true_on_policy_mode:
+        _true_on_policy(config)
     max_prompt_len, context = config.rollout_max_prompt_len, config.rollout_max_context_len
     if max_prompt_len is None and context is not None:
         max_prompt_len = max(1, context - 1)
@@ -402,6 +415,21 @@ def _fully_async(config: RunConfig) -> None:
         f"{function} keeps every group and ends none: drop --dynamic-sampling-filter-path, --partial-rollout and "
         "--over-sampling-batch-size, or use the default --rollout-function-path.",
     )
+
+
+def _true_on_policy(config: RunConfig) -> None:
+    """Refuse what brings samples of other weights than those that are trained."""
+    others = {
+        "--debug-train-only has no engines": config.debug_train_only,
+        "--debug-rollout-only trains nothing": config.debug_rollout_only,
+        "--loss-type sft_loss has no samples of the policy": config.loss_type == "sft_loss",
+        "--partial-rollout goes on with what earlier weights began": config.partial_rollout,
+        "fully asynchronous rollouts are sampled ahead": config.rollout_function_path == FULLY_ASYNC_ROLLOUT_FUNCTION,
+        f"of {config.num_steps_per_rollout} optimizer steps a rollout (--num-steps-per-rollout, --global-batch-size) "
+        "the second trains a policy that did not sample": config.num_steps_per_rollout != 1,
+    }
+    given = [what for what, is_given in others.items() if is_given]
+    _require(not given, f"--true-on-policy-mode: {' and '.join(given)}: change that, or drop --true-on-policy-mode.")
 
 
 def _over_sampling(config: RunConfig) -> int:
@@ -473,6 +501,10 @@ def check_loop(config: RunConfig, *, is_async: bool) -> None:
         not (is_async and config.colocate and not config.debug_rollout_only),
         "train_async.py samples while trainers train: give engines slots of their own (--rollout-num-gpus) and drop "
         "--colocate.",
+    )
+    _require(
+        not (is_async and config.true_on_policy_mode),
+        "--true-on-policy-mode: train_async.py samples one rollout ahead of training. Use train.py.",
     )
     is_ahead = is_async or config.rollout_function_path == FULLY_ASYNC_ROLLOUT_FUNCTION
     _require(

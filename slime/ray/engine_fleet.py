@@ -158,6 +158,7 @@ class EngineFleet:
                 log_tail = "\n".join(tails) if tails else "(--rollout-external-engine-addrs: not ours)"
                 raise not_up(engine.name, code, self.args.engine_start_timeout_s, log_tail)
             await asyncio.sleep(POLL_S)
+        engine.up_since = time.monotonic()
 
     async def _poll(self, engine: Engine) -> int | None:
         """Its exit code, that of any of its nodes, or None while it runs; nobody knows that of an external one.
@@ -258,7 +259,7 @@ class EngineFleet:
         if self._is_busy(engine):
             return
         code = await self._poll(engine)
-        if code is None and await self._client(engine).is_healthy(timeout_s=self.args.rollout_health_check_timeout):
+        if code is None and (self._may_hang(engine) or await self._is_healthy(engine)):
             await self._keep_registered(engine)
             return
         if self._is_busy(engine):
@@ -266,6 +267,12 @@ class EngineFleet:
         reason = "does not answer /health" if code is None else f"ended with code {code}"
         logger.warning("%s %s: %s", engine.name, reason, "waiting for it" if engine.is_external else "restarting it")
         await self._replace(engine, url)
+
+    def _may_hang(self, engine: Engine) -> bool:
+        return time.monotonic() - engine.up_since < self.args.rollout_health_check_first_wait
+
+    async def _is_healthy(self, engine: Engine) -> bool:
+        return await self._client(engine).is_healthy(timeout_s=self.args.rollout_health_check_timeout)
 
     def _is_busy(self, engine: Engine) -> bool:
         """Whether somebody else sees to it, or nobody may: it sleeps, takes weights, is being replaced, or all ends."""

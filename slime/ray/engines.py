@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
@@ -32,6 +33,7 @@ class Engine:
     bootstrap_port: int | None = None
     url: str = ""
     num_starts: int = 0
+    up_since: float = -math.inf  # on the clock that never goes back
     is_lost: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 

@@ -131,8 +131,10 @@ class ActorGroup:
         self.name = PROCESS_NAMES[role]
         bundles = slots.critic_bundles if role == "critic" else slots.trainer_bundles
         self.shares_node = slots.share_node(bundles)
+        variables = {name: str(value) for name, value in args.train_env_vars.items()}
+        environment = {"runtime_env": {"env_vars": variables}} if variables else {}
         self.ranks: list[ActorHandle] = [
-            create_actor(TrainActor, args, rank, run_dir, role, options=slots.options(bundle, role))
+            create_actor(TrainActor, args, rank, run_dir, role, options=slots.options(bundle, role) | environment)
             for rank, bundle in enumerate(bundles)
         ]
         self.ranks_per_node = max(Counter(slots.node_of[bundle] for bundle in bundles).values())

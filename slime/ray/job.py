@@ -236,6 +236,7 @@ class Job:
             self.journal.end_step(rollout_id)
             if is_last:
                 return
+        self.journal.end_run()
 
     def evaluates_at_start(self) -> bool:
         """Whether to evaluate before the first rollout."""

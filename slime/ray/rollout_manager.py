@@ -25,7 +25,7 @@ from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, 
 from slime.rollout.debug_data import save_rollout
 from slime.rollout.eval_data import samples_per_prompt
 from slime.rollout.hooks import logs_eval_itself, logs_rollout_itself
-from slime.rollout.staleness import without_stale
+from slime.rollout.staleness import check_on_policy, without_stale
 from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.logging import configure_logging
 from slime.utils.misc import load_function
@@ -98,6 +98,8 @@ class RolloutManager:
         output = call_rollout_fn(function, self.args, rollout_id, self.data_source, evaluation=False, **known)
         assert isinstance(output, RolloutFnTrainOutput)
         groups, stale = without_stale(self.args, rollout_id, output.samples, self.data_source)
+        if self.args.true_on_policy_mode:
+            check_on_policy(groups, weight_version)
         if self.args.save_debug_rollout_data is not None:
             save_rollout(self.args.save_debug_rollout_data, rollout_id, groups, weight_version=weight_version)
         samples = [sample for group in groups for sample in group]

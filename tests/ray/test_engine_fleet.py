@@ -7,12 +7,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import pytest_asyncio
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from slime.arguments import Args
@@ -41,6 +42,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 http.server.HTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
 """
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def client() -> AsyncIterator[None]:
+    """Closes the HTTP client of the test's event loop."""
+    yield
+    await http_utils.close()
 
 
 @pytest.fixture
@@ -85,6 +93,34 @@ async def test_an_engine_on_two_nodes_has_a_process_on_each_and_ends_with_either
     finally:
         await fleet.stop()
     await until(lambda: not psutil.pid_exists(calls[0][0]))
+
+
+async def test_an_engine_that_has_just_started_may_hang_but_not_end(fleet: EngineFleet, tmp_path: Path) -> None:
+    fleet.args = replace(fleet.args, rollout_health_check_first_wait=300.0, rollout_health_check_timeout=0.2)
+    (engine,) = fleet.engines
+    replaced: list[str] = []
+
+    async def replace_it(engine: Engine, url: str) -> None:
+        replaced.append(url)
+
+    fleet._replace = replace_it  # type: ignore[method-assign]
+    try:
+        await fleet._start(engine)
+        await until(lambda: len(list(tmp_path.glob("node_?.json"))) == 2)
+        listening, other = (json.loads((tmp_path / f"node_{rank}.json").read_text())[0] for rank in (0, 1))
+        os.kill(listening, signal.SIGSTOP)
+        await fleet._look_at(engine)
+        assert replaced == []
+        engine.up_since -= 301
+        await fleet._look_at(engine)
+        assert replaced == [engine.url]
+        engine.up_since += 301
+        os.kill(other, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            while len(replaced) == 1:
+                await fleet._look_at(engine)
+    finally:
+        await fleet.stop()
 
 
 def models_of(folder: Path, *models: dict[str, object]) -> str:
@@ -151,7 +187,6 @@ async def test_a_model_that_is_not_trained_takes_part_in_all_but_the_updates(two
         assert answer["meta_info"]["weight_version"] == "default"
     finally:
         await fleet.stop()
-        await http_utils.close()
 
 
 async def process_id(engine: Engine) -> int:
