@@ -147,7 +147,10 @@ def _memory(args: Args, findings: Findings, model: MetaModel) -> Iterator[tuple[
     if not args.debug_rollout_only:
         parts = {name: value for name, value in training_peak(size, load).items() if value}
         details = ", ".join(f"{name} {gib(value)}" for name, value in parts.items())
-        yield "each trainer", f"{gib(sum(parts.values()))} at its peak: {details}"
+        peak, total = sum(parts.values()), gpu_bytes()
+        yield "each trainer", f"{gib(peak)} at its peak: {details}"
+        if total is not None:
+            yield "a GPU of this machine", f"{gib(total)}, {peak / total:.0%} of it at a trainer's peak"
         if args.offload_train:
             yield "each trainer asleep", f"{gib(asleep_bytes(size, load))}, page-locked, on the host"
     if args.debug_train_only:
@@ -186,6 +189,13 @@ def training_load(args: Args) -> TrainingLoad:
         is_compiled=is_gpu if args.torch_compile is None else args.torch_compile,
         accumulates=(args.global_batch_size or 1) * sample_tokens > tokens * args.num_trainers,
     )
+
+
+def gpu_bytes() -> int | None:
+    """The memory of this machine's first GPU; None without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def _has_gpus(args: Args) -> bool:

@@ -184,6 +184,13 @@ def test_the_plan_names_every_model_that_is_served(make_args: MakeArgs, model: P
     assert rows["each engine slot of judge"].startswith("weights ")
 
 
+def test_the_plan_compares_with_the_gpu_that_there_is(make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = make_args([ROW], "--rm-type", "random", "--device", "cuda")
+    monkeypatch.setattr("slime.cli.dry_run.gpu_bytes", lambda: 2**31)
+    rows = dict(row for section in plan(args, preflight(args)) for row in section.rows)
+    assert rows["a GPU of this machine"] == "2.00 GiB, 0% of it at a trainer's peak"
+
+
 def test_the_plan_tells_memory_awake_and_asleep(make_args: MakeArgs) -> None:
     args = make_args([ROW], "--rm-type", "random", "--device", "cuda", "--gradient-checkpointing")
     rows = dict(row for section in plan(args, preflight(args)) for row in section.rows)

@@ -18,6 +18,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from slime.arguments import Args
 from slime.backends.sglang_utils.arguments import value_of
+from slime.config.served_models import read_served_models
 from slime.ray.engine_fleet import EngineFleet
 from slime.ray.engines import Engine
 from slime.ray.placement import Slots, allocate
@@ -187,6 +188,47 @@ async def test_a_model_that_is_not_trained_takes_part_in_all_but_the_updates(two
         assert answer["meta_info"]["weight_version"] == "default"
     finally:
         await fleet.stop()
+
+
+async def test_prompts_and_decoding_of_one_model_have_groups_of_their_own(tmp_path: Path) -> None:
+    regular = {"worker_type": "regular", "num_gpus": 1}
+    path = models_of(
+        tmp_path,
+        {"name": "judge", "model_path": "/judge", "server_groups": [regular]},
+        {
+            "name": "actor",
+            "server_groups": [
+                {"worker_type": "prefill", "num_gpus": 1, "overrides": {"mem_fraction_static": 0.7}},
+                {"worker_type": "decode", "num_gpus": 2, "num_gpus_per_engine": 2},
+            ],
+        },
+    )
+    models = read_served_models(path, checkpoint="/model", num_gpus_per_engine=1)
+    args = Args(rollout_engine="sglang", hf_checkpoint="/model", file_models=models)
+    group = placement_group([{"CPU": 0.4}] * 4)
+    slots = Slots(group, "cpu", [0], [0], engine_bundles=[0, 1, 2, 3], node_of=dict.fromkeys(range(4), "a"))
+    try:
+        fleet = EngineFleet(args, slots, str(tmp_path))
+        judge, prefill, decode = fleet.engines
+        assert [(engine.role, engine.nodes) for engine in fleet.policy_engines] == [
+            ("prefill", [[1]]),
+            ("decode", [[2, 3]]),
+        ]
+        argv = {engine.role: (await fleet._commands(engine))[0].argv for engine in (judge, prefill, decode)}
+        modes = {role: value_of(part, "--disaggregation-mode") for role, part in argv.items()}
+        assert modes == {"regular": None, "prefill": "prefill", "decode": "decode"}
+        assert {role: value_of(part, "--tp-size") for role, part in argv.items()} == {
+            "regular": "1",
+            "prefill": "1",
+            "decode": "2",
+        }
+        assert [value_of(part, "--mem-fraction-static") for part in argv.values()] == [None, "0.7", None]
+        assert {name: router.model.is_disaggregated for name, router in fleet.routers.items()} == {
+            "judge": False,
+            "actor": True,
+        }
+    finally:
+        remove_placement_group(group)
 
 
 async def process_id(engine: Engine) -> int:
