@@ -96,10 +96,11 @@ class RolloutConfig(Group):
     sglang_api_key: str | None = arg(None, "Key that engines ask for (default: none on one node, else a random one).")
     sglang_args: list[str] = arg([], "Engine flags that came as --sglang-X, passed on without the prefix.")
     router_args: list[str] = arg([], "Router flags that came as --router-X, passed on without the prefix.")
-    update_weight_transport: Literal["auto", "disk", "tensor"] = arg(
+    update_weight_transport: Literal["auto", "disk", "tensor", "distributed", "nccl"] = arg(
         "auto",
-        "How weights reach the engines: files, or memory of the GPUs that both use (auto: such memory for SGLang with "
-        "one GPU an engine, else files).",
+        "How weights reach the engines: files, memory of the GPUs that both use, or a broadcast, also called nccl "
+        "(auto, with SGLang on GPUs: such memory with --colocate and one GPU an engine, a broadcast to engines that "
+        "slime starts on other GPUs; else files).",
     )
     update_weight_disk_dir: str | None = arg(
         None, "Where the disk transport writes (default: the memory file system on one node, else the run directory)."

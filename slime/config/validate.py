@@ -367,6 +367,12 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         "--update-weight-transport tensor is memory that every engine shares with a trainer of the policy: add "
         "--colocate, without slots of a critic's own, or use disk.",
     )
+    transport = "distributed" if config.update_weight_transport == "nccl" else config.update_weight_transport
+    _require(
+        transport != "distributed" or not config.colocate,
+        "--update-weight-transport distributed is a broadcast to other GPUs than the trainers': drop --colocate, or "
+        "use tensor or disk.",
+    )
     _require(
         config.update_weight_transport != "tensor" or config.debug_train_only or config.policy_engine_size is not None,
         "--update-weight-transport tensor needs engines of the policy alone, all of one size, on all slots: change "
@@ -397,6 +403,7 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
     return {
         "rollout_max_prompt_len": max_prompt_len,
         "over_sampling_batch_size": _over_sampling(config),
+        "update_weight_transport": transport,
         "custom_generate_function_path": generate,
     }
 

@@ -6,10 +6,12 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 from slime.arguments import Args, check_embedded_size
-from slime.backends.sglang_utils.arguments import find_sglang, overridden
+from slime.backends.sglang_utils.arguments import find_sglang, overridden, tensor_parallel_size
 from slime.backends.sglang_utils.command import sglang_commands
+from slime.config.served_models import ServerGroup
 from slime.engine.client import EngineClient
 from slime.engine.spec import HOST, PORT, EngineCommand, EngineSpec
 
@@ -28,6 +30,28 @@ def resolve_engine(args: Args, device: str) -> Args:
     if args.rollout_engine == "embedded":
         check_embedded_size(args)
     return args
+
+
+def transport_kind(args: Args, device: str) -> Literal["disk", "tensor", "distributed"]:
+    """How weights reach the engines. device: the trainers', "cuda" or "cpu". Raises ValueError."""
+    kind = args.update_weight_transport
+    assert kind != "nccl", "settings are resolved"
+    if kind == "tensor" and device != "cuda":
+        raise ValueError("--update-weight-transport tensor shares memory of GPUs, and there is none: use disk")
+    if kind != "auto":
+        return kind
+    if device != "cuda" or args.rollout_engine != "sglang" or args.rollout_external_engine_addrs is not None:
+        return "disk"
+    if args.colocate:
+        all_share = not args.has_critic_slots  # else some engine has no trainer of the policy on its GPU
+        return "tensor" if all_share and args.policy_engine_size == 1 else "disk"
+    return "distributed" if all(_has_one_stage(args, group) for group in args.policy.groups) else "disk"
+
+
+def _has_one_stage(args: Args, group: ServerGroup) -> bool:
+    """Whether engines of a group are split by tensors alone."""
+    size = group.num_gpus_per_engine
+    return tensor_parallel_size(overridden(args.sglang_args, group.overrides), size) == size
 
 
 def engine_commands(args: Args, spec: EngineSpec) -> list[EngineCommand]:

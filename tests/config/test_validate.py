@@ -37,6 +37,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"update_weight_transport": "tensor", "advantage_estimator": "ppo", "critic_num_gpus_per_node": 1},
         "without slots of a critic's own, or use disk.",
     ),
+    (
+        {"update_weight_transport": "nccl", "colocate": True, "rollout_num_gpus": None},
+        "--update-weight-transport distributed is a broadcast to other GPUs than the trainers': drop --colocate",
+    ),
     # on policy
     ({"true_on_policy_mode": True, "num_steps_per_rollout": 2}, "of 2 optimizer steps a rollout (--num-steps-per-roll"),
     ({"true_on_policy_mode": True, "partial_rollout": True}, "--true-on-policy-mode: --partial-rollout goes on with"),
@@ -247,6 +251,7 @@ DERIVED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"rollout_temperature": 0.7, "label_key": "answer"}, {"eval_temperature": 0.7, "eval_label_key": "answer"}),
     ({"reward_key": "score"}, {"eval_reward_key": "score"}),
     ({"use_dynamic_batch_size": True, "max_tokens_per_gpu": 64}, {"log_probs_max_tokens_per_gpu": 64}),
+    ({"update_weight_transport": "nccl"}, {"update_weight_transport": "distributed"}),
 ]
 
 

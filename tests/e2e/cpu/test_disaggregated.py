@@ -8,9 +8,11 @@ from tests.e2e.cpu.helpers.runs import ENGINE, ROOT, Starter
 
 
 @pytest.mark.slow
-def test_a_disaggregated_run_with_two_trainers_and_two_engines(start: Starter) -> None:
+@pytest.mark.parametrize("transport", ["disk", "distributed"])
+def test_a_disaggregated_run_with_two_trainers_and_two_engines(start: Starter, transport: str) -> None:
     run = start(
         *("--no-colocate", "--actor-num-gpus-per-node", "2", "--rollout-num-gpus", "2"),
+        *("--update-weight-transport", transport),
         *("--num-steps-per-rollout", "2", "--use-kl-loss", "--kl-loss-coef", "0.01", "--check-weight-update-equal"),
     ).reaches("record_000000.json")
     assert len(run.processes(ENGINE)) == 2
