@@ -85,10 +85,12 @@ class TrainActor:
         """Join the world, load model and optimizer. Returns the first rollout id to run."""
         import torch
 
-        from slime.utils.distributed import communication, init_process_group, pick_device
+        from slime.utils.distributed import communication, init_process_group, pick_device, use_nccl_as_sglang_does
 
         torch.set_num_threads(num_threads)
         device = pick_device(self.args.device)
+        if transport_kind(self.args, device.type) == "distributed":
+            use_nccl_as_sglang_does()
         cpu_backend = self.args.fsdp_cpu_backend if self.args.fsdp_cpu_offload else None
         init_process_group(
             backend=communication(self.args.distributed_backend, device, cpu_backend=cpu_backend),
