@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from slime.ray.watchdog import thread_stacks, wait_for_the_end
 from slime.utils.http_utils import find_free_port
 from slime.utils.logging import configure_logging
 from slime.utils.malloc import keep_freed_memory
+from slime.utils.misc import load_function
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +127,14 @@ class TrainActor:
             phase=self.timer.phase,
             train_dump=self.args.save_debug_train_data,
         )
-        self.files = DiskTransport(weights_dir, assets=self.args.hf_checkpoint, is_writer=self.is_reporter)
+        hook = self.args.custom_update_weight_post_write_path
+        self.files = DiskTransport(
+            weights_dir,
+            assets=self.args.hf_checkpoint,
+            is_writer=self.is_reporter,
+            keep=self.args.update_weight_disk_keep_files,
+            after_write=None if hook is None else partial(load_function(hook), self.args),
+        )
         self.transport = self._transport(device)
 
     def _transport(self, device: torch.device) -> Transport:
