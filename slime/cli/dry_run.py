@@ -220,14 +220,9 @@ def _folders(args: Args) -> Iterator[tuple[str, str]]:
 
 def _meta_model(directory: str, findings: Findings, *, trust_remote_code: bool) -> MetaModel:
     """The model of config.json on the meta device, its shapes compared with those of the weights on disk."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    factory: Any = AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = factory.from_config(config, trust_remote_code=trust_remote_code)
+    model = empty_model(directory, trust_remote_code=trust_remote_code)
     for name, tensor in model.state_dict().items():
         found = findings.model.shapes.get(name, tuple(tensor.shape))
         if found != tuple(tensor.shape):
@@ -235,12 +230,24 @@ def _meta_model(directory: str, findings: Findings, *, trust_remote_code: bool) 
                 f"--hf-checkpoint: {directory}: tensor {name} has shape {found}, its config.json asks for "
                 f"{tuple(tensor.shape)}."
             )
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
     return MetaModel(count(model), dtype.itemsize)
 
 
+def empty_model(directory: str, *, trust_remote_code: bool = False) -> Any:
+    """The causal LM that config.json describes, on the meta device."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    factory: Any = AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return factory.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def count(lm: Any) -> Counts:
-    """What memory depends on and config.json does not say. lm: a causal LM of transformers, on any device."""
+    """What memory depends on and config.json does not say. lm: a causal LM of transformers, not sharded."""
     from slime.backends.fsdp_utils.model import decoder_layers
 
     layers = decoder_layers(lm)
