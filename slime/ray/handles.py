@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
@@ -19,6 +20,8 @@ from slime.ray.placement import Slots
 from slime.ray.rollout_manager import RolloutResult
 from slime.ray.train_actor import PROCESS_NAMES, CriticReport, Role, SendReport, TrainActor
 from slime.ray.watchdog import Watchdog
+
+LEAVE_S = 5.0
 
 
 @dataclass
@@ -177,6 +180,10 @@ class ActorGroup:
         calls = [rank.write_weights.remote(version) for rank in self.ranks]
         timeout_s = self.args.train_timeout_s + self.args.weight_sync_timeout_s  # they may be in the middle of training
         return self._all(calls, timeout_s, f"weights v{version} to be written")[0]
+
+    def leave_engines(self) -> None:
+        """Let engines that outlive the trainers forget them, within a few seconds."""
+        ray.wait([rank.leave_engines.remote() for rank in self.ranks], num_returns=len(self.ranks), timeout=LEAVE_S)
 
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint."""

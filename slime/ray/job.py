@@ -141,6 +141,8 @@ class Job:
             self.memory = NoEngines()
             return
         self.watchdog.serve(fleet.weights_wanted.remote(), lambda version: _write_weights(actor, fleet, version))
+        if self.args.rollout_external_engine_addrs is not None:
+            self._stack.callback(actor.leave_engines)
         sleepers = [actor] if self.args.has_critic_slots else self.trainers
         parts = (self.args, fleet, actor, sleepers, self.rollout, self.watchdog, journal)
         if isinstance(self.rollout, RolloutAhead):

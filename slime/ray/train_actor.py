@@ -262,6 +262,14 @@ class TrainActor:
             self.files.delete_before(version)
         return WeightFiles(version, str(path.resolve()))
 
+    def leave_engines(self) -> None:
+        """End what is kept between updates for the engines' sake."""
+        from slime.utils.async_utils import run
+        from slime.weight_sync.distributed import DistributedTransport
+
+        if isinstance(self.transport, DistributedTransport):
+            run(self.transport.close())
+
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint."""
         self.backend.save(rollout_id)

@@ -73,6 +73,7 @@ class DistributedTransport:
         if failures := await group.open():
             return failures
         self.group = group
+        logger.info("weights go to %d engines by broadcast in group %s", len(members), group.name)
         return failures
 
     async def close(self) -> None:

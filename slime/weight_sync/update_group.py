@@ -57,7 +57,7 @@ class UpdateGroup:
 
     def __init__(self, members: Sequence[Member], device: torch.device, timeout_s: float) -> None:
         self.members = list(members)
-        self._name = f"slime-weights-{secrets.token_hex(4)}"
+        self.name = f"slime-weights-{secrets.token_hex(4)}"
         self._device = device
         self._timeout_s = timeout_s
         self._grace_s = min(LONGEST_GRACE_S, timeout_s / 4)  # twice at most: what hangs costs less than 2 * timeout_s
@@ -74,7 +74,7 @@ class UpdateGroup:
             return Failures({}, error)
         last_ranks = list(accumulate((member.num_ranks for member in self.members), initial=0))
         backend = "gloo" if self._device.type == "cpu" else "nccl"
-        address = UpdateGroupAddress(self._name, host, port, last_ranks[-1] + 1, backend)
+        address = UpdateGroupAddress(self.name, host, port, last_ranks[-1] + 1, backend)
         timeout_s = self._timeout_s + self._grace_s
         calls = {
             member.engine: member.engine.join_update_group(address, rank=last + 1, timeout_s=timeout_s)
@@ -97,7 +97,7 @@ class UpdateGroup:
         ]
         calls = {
             member.engine: member.engine.update_weights_from_distributed(
-                self._name, tensors, version=version, timeout_s=self._timeout_s + self._grace_s
+                self.name, tensors, version=version, timeout_s=self._timeout_s + self._grace_s
             )
             for member in self.members
         }
@@ -106,7 +106,7 @@ class UpdateGroup:
     async def close(self) -> None:
         """End the group on all sides; engines that are gone are no hindrance."""
         self._store = None  # whoever still waits to join hears of it
-        leaving = [member.engine.leave_update_group(self._name, timeout_s=self._grace_s) for member in self.members]
+        leaving = [member.engine.leave_update_group(self.name, timeout_s=self._grace_s) for member in self.members]
         await asyncio.gather(*leaving, self._leave(), return_exceptions=True)
 
     async def _leave(self) -> None:

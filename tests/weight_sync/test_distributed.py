@@ -102,8 +102,14 @@ def test_one_group_with_all_engines_serves_update_after_update(
     assert transport.group is group
     assert [version_of(engine) for engine in engines] == ["2", "2"]
     assert send(transport, engines[:1], model, 3) == []
-    assert transport.group is not group
+    last_group = transport.group
+    assert last_group is not None
+    assert last_group is not group
     assert [version_of(engine) for engine in engines] == ["3", "2"]
+    run(transport.close())
+    for name in (group.name, last_group.name):
+        answer = engines[0].post("/destroy_weights_update_group", {"group_name": name})
+        assert answer.status == 400 and b"there is no weight-update group" in answer.raw
 
 
 def test_no_engine_at_all_is_no_hindrance(model: Path, transport: DistributedTransport) -> None:
@@ -218,7 +224,7 @@ def test_a_refusal_that_keeps_an_engine_from_joining_ends_the_update_for_all_wit
 ) -> None:
     send(transport, engines, model, 15)
     assert transport.group is not None
-    name = transport.group._name
+    name = transport.group.name
     assert engines[1].post("/destroy_weights_update_group", {"group_name": name}).status == 200
     begin = time.monotonic()
     with pytest.raises(Exception, match="there is no weight-update group"):

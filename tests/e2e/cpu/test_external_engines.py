@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -25,4 +26,8 @@ def test_engines_of_somebody_else_get_weights_and_requests_and_outlive_the_run(
         run.succeeds().leaves_nothing(within_s=10)
         assert {v for sample in run.samples(1) for v in sample["weight_versions"]} == {"1"}
         assert engine.get("/model_info").json["weight_version"] == "2"
+        if transport == "distributed":
+            (group,) = re.findall(r"by broadcast in group (\S+)", run.output())
+            answer = engine.post("/destroy_weights_update_group", {"group_name": group})
+            assert b"there is no weight-update group" in answer.raw
         assert engine.generate(text="1+2=", sampling_params={"max_new_tokens": 1})["meta_info"]["weight_version"] == "2"
