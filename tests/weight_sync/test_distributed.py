@@ -6,7 +6,8 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from slime.engine.client import EngineClient
 from slime.utils.async_utils import run
-from slime.weight_sync import update_group
+from slime.weight_sync import distributed, update_group
+from slime.weight_sync.bucket import Bucket, in_buckets
 from slime.weight_sync.distributed import DistributedTransport
 from slime.weight_sync.update import send_weights
 from slime.weight_sync.update_group import own_address
@@ -110,6 +112,24 @@ def test_one_group_with_all_engines_serves_update_after_update(
     for name in (group.name, last_group.name):
         answer = engines[0].post("/destroy_weights_update_group", {"group_name": name})
         assert answer.status == 400 and b"there is no weight-update group" in answer.raw
+
+
+def test_the_next_bucket_is_gathered_while_one_is_sent_and_there_is_no_third(
+    engines: list[EngineUnderTest], model: Path, transport: DistributedTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def watched(tensors: Iterable[tuple[str, Tensor]], num_bytes: int) -> Iterator[Bucket]:
+        for bucket in in_buckets(tensors, num_bytes):
+            made.append(weakref.ref(bucket.data))
+            alive.append(sum(data() is not None for data in made))
+            yield bucket
+
+    monkeypatch.setattr(distributed, "in_buckets", watched)
+    assert send(transport, engines, model, 1) == []
+    assert len(alive) > 5
+    assert set(alive) == {1, 2}
 
 
 def test_no_engine_at_all_is_no_hindrance(model: Path, transport: DistributedTransport) -> None:
