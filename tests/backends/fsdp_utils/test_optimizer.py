@@ -151,6 +151,20 @@ def test_a_checkpoint_brings_the_loss_scale_back(model: Path, tmp_path: Path) ->
     assert again.loss_scale.value == 4096.0
 
 
+def test_a_critic_learns_in_float16(model: Path) -> None:
+    args = settings_for(model, **FP16, advantage_estimator="ppo")
+    backend = FSDPBackend(args, args, torch.device("cpu"), role="critic")
+    backend.load()
+
+    def squares(outputs: TokenOutputs, batch: PackedBatch, sequence_sum: Any) -> LossOutput:
+        assert outputs.values is not None
+        assert outputs.values.dtype == torch.float32
+        return LossOutput((batch.loss_weights * (outputs.values - 1) ** 2).sum(), {})
+
+    losses = [step(backend, squares).metrics["loss"] for _ in range(4)]
+    assert losses[3] < losses[0]
+
+
 def two_ranks_in_float16(model: Path, out: Path) -> None:
     """Overflows, then steps; the scale at every step."""
     backend = loaded(model, **FP16, initial_loss_scale=2.0**27, actor_num_gpus_per_node=dist.get_world_size())
