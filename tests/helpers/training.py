@@ -20,6 +20,7 @@ from slime.backends.fsdp_utils.backend import FSDPBackend
 from slime.config.validate import resolve
 from slime.data.batch import TrainBatch, batch_from_samples
 from slime.training.recipe import Recipe
+from slime.utils.distributed import communication
 from slime.utils.types import Sample
 
 
@@ -33,20 +34,35 @@ def world_of_one() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def run_ranks(body: Callable[..., None], num_ranks: int, *args: Any, store: Path, device: str = "cpu") -> None:
+def run_ranks(
+    body: Callable[..., None],
+    num_ranks: int,
+    *args: Any,
+    store: Path,
+    device: str = "cpu",
+    cpu_backend: str | None = None,
+) -> None:
     """Run `body(*args)` in `num_ranks` fresh processes, one world of gloo on CPUs, of NCCL with a GPU each.
 
-    store: a path that does not exist yet.
+    store: a path that does not exist yet. cpu_backend: for tensors on the host of GPUs.
     """
-    mp.spawn(_rank, (num_ranks, str(store), device, body, args), nprocs=num_ranks)
+    backend = communication("auto", torch.device(device), cpu_backend=cpu_backend)
+    mp.spawn(_rank, (num_ranks, str(store), device, backend, body, args), nprocs=num_ranks)
 
 
-def _rank(rank: int, num_ranks: int, store: str, device: str, body: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    num_ranks: int,
+    store: str,
+    device: str,
+    backend: str,
+    body: Callable[..., None],
+    args: tuple[Any, ...],
+) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
-    backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
     body(*args)
     dist.barrier()
