@@ -72,8 +72,10 @@ def measure_variant(model: Path, device: torch.device, flags: list[str], micro_b
             continue
         rows.append(row_of(str(number), estimate, peak_of_step(backend, number)))
     if backend.optimizer.state:
+        before = torch.cuda.memory_allocated()
         backend.sleep()
-        rows.append(row_of("asleep, on the host", asleep_bytes(size, load), len(backend.host_copy._buffer))[:-1])
+        moved = before - torch.cuda.memory_allocated()
+        rows.append(row_of("asleep, on the host", asleep_bytes(size, load), moved)[:-1])
     return rows
 
 

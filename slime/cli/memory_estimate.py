@@ -58,6 +58,7 @@ class ModelSize:
     @classmethod
     def from_config(cls, config: dict[str, Any], counts: Counts) -> ModelSize:
         """From config.json. Raises KeyError for an architecture that names its numbers otherwise."""
+        config = config.get("text_config", config)
         if "kv_lora_rank" in config:
             raise KeyError("num_key_value_heads of its own: its attention is latent")
         heads = config["num_attention_heads"]

@@ -210,6 +210,12 @@ def test_a_cache_holds_keys_and_values_of_each_layer() -> None:
     assert kv_bytes_per_token(size_of("qwen3-4B"), 2) == 2 * 36 * 8 * 128 * 2
 
 
+def test_a_model_of_text_and_images_has_the_memory_of_its_text_part() -> None:
+    config = AutoConfig.for_model(**SHAPES["qwen3-0.6B"]).to_dict()
+    counts = Counts(600, 100, 2, has_query_norms=True)
+    assert ModelSize.from_config({"text_config": config}, counts) == ModelSize.from_config(config, counts)
+
+
 def test_latent_attention_is_said_to_be_unknown() -> None:
     config = AutoConfig.for_model(**SHAPES["qwen3-0.6B"]).to_dict() | {"kv_lora_rank": 512}
     with pytest.raises(KeyError, match="latent"):
