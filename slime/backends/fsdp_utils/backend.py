@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from slime.backends.fsdp_utils import checkpoint, sources
 from slime.backends.fsdp_utils.arguments import FSDPConfig
 from slime.backends.fsdp_utils.hf_names import hf_named_tensors
-from slime.backends.fsdp_utils.lr_schedule import learning_rate
 from slime.backends.fsdp_utils.model import (
     TokenModel,
     checkpoint_dtype,
@@ -32,9 +31,10 @@ from slime.backends.fsdp_utils.model import (
     shard,
     wants_compilation,
 )
-from slime.backends.fsdp_utils.offload import HostCopy
 from slime.backends.fsdp_utils.sources import Source
 from slime.backends.fsdp_utils.value_model import ValueModel, shard_critic
+from slime.backends.shared.lr_schedule import learning_rate
+from slime.backends.shared.offload import HostCopy
 from slime.config.run import RunConfig
 from slime.data.packed import PackedBatch
 from slime.training.backend import (

@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 
 from slime.backends.fsdp_utils import attention
 from slime.backends.fsdp_utils.prompt_sharing import shared_prompts
-from slime.backends.fsdp_utils.target_log_probs import LogitRule, target_log_probs
+from slime.backends.shared.target_log_probs import LogitRule, target_log_probs
 from slime.data.packed import PackedBatch
 from slime.training.backend import TokenOutputs, Wants
 

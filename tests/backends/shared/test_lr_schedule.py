@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slime.backends.fsdp_utils.lr_schedule import learning_rate
+from slime.backends.shared.lr_schedule import learning_rate
 from slime.config import OptimizerConfig
 
 LR, MIN_LR, D, W = 1.0, 0.1, 100, 10

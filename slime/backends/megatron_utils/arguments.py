@@ -1,0 +1,92 @@
+"""Settings of the Megatron backend, under Megatron's own names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from slime.config.base import ConfigError, Group, arg, check, check_not_negative, check_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronConfig(Group):
+    """Megatron: parallelism, recomputation, experts and checkpoints of the Megatron backend."""
+
+    tensor_model_parallel_size: int = arg(1, "Ranks that share each matrix.")
+    sequence_parallel: bool = arg(False, "Norms and residuals are shared among the tensor-parallel ranks too.")
+    pipeline_model_parallel_size: int = arg(1, "Ranks that share the layers.")
+    context_parallel_size: int = arg(1, "Ranks that share the tokens of a sequence.")
+    expert_model_parallel_size: int = arg(1, "Ranks that share the experts.")
+    expert_tensor_parallel_size: int | None = arg(
+        None, "Ranks that share each expert's matrices (default: --tensor-model-parallel-size)."
+    )
+    use_distributed_optimizer: bool = arg(False, "Optimizer state is shared among the data-parallel ranks.")
+    overlap_grad_reduce: bool = arg(False, "Gradients are added up among ranks while the backward still runs.")
+    accumulate_allreduce_grads_in_fp32: bool = arg(True, "Gradients are added up in float32.")
+    recompute_granularity: Literal["full", "selective"] | None = arg(None, "What the backward computes again.")
+    recompute_method: Literal["uniform", "block"] | None = arg(None, "Which layers, with full.")
+    recompute_num_layers: int | None = arg(None, "Layers of one recomputed unit (uniform), or in all (block).")
+    recompute_modules: list[str] | None = arg(None, "Modules that selective computes again (default: Megatron's).")
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = arg(
+        "auto", "Layers: Transformer Engine's, or slime's on torch; auto takes the former where it is installed."
+    )
+    attention_dropout: float = arg(0.0, "Dropout of attention; the policy that samples has none.")
+    hidden_dropout: float = arg(0.0, "Dropout of residuals; the policy that samples has none.")
+    moe_token_dispatcher_type: Literal["alltoall", "flex"] = arg("alltoall", "How tokens reach experts.")
+    moe_grouped_gemm: bool = arg(False, "All experts of a rank in one kernel; needs Transformer Engine.")
+    moe_permute_fusion: bool = arg(False, "Tokens are permuted in one kernel; needs Transformer Engine.")
+    moe_router_dtype: Literal["fp32", "fp64"] | None = arg(None, "Precision of routing (default: the model's).")
+    moe_aux_loss_coeff: float = arg(0.0, "Weight of the loss that balances experts.")
+    ckpt_format: Literal["torch_dist", "torch"] = arg(
+        "torch_dist", "What --save writes: torch_dist loads at any parallelism, torch at its own; both are read."
+    )
+    custom_megatron_init_path: str | None = arg(None, "f(args), before a rank builds its model.")
+    custom_megatron_before_log_prob_hook_path: str | None = arg(
+        None, "f(args, model, store_prefix), before log-probs are computed."
+    )
+    custom_megatron_before_train_step_hook_path: str | None = arg(
+        None, "f(args, rollout_id, step_id, model, optimizer, opt_param_scheduler), before each optimizer step."
+    )
+    seq_length: int | None = arg(None, "Not used: sequences are packed as they are.")
+    megatron_args: dict[str, Any] = arg(
+        {}, "Further settings of Megatron by name; a flag of the Megatron-LM that is found sets one."
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        check_positive(self, "expert_model_parallel_size", "expert_tensor_parallel_size", "recompute_num_layers")
+        check_not_negative(self, "moe_aux_loss_coeff")
+        for name in ("attention_dropout", "hidden_dropout"):
+            check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
+        check(
+            self.recompute_granularity != "full" or self.recompute_method is not None,
+            "recompute_method",
+            "given with --recompute-granularity full",
+            self.recompute_method,
+        )
+        super().__post_init__()
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the weights and see the same samples."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+def check_parallelism(cfg: MegatronConfig, num_ranks: int, *, world: str = "trainer ranks") -> None:
+    """Raise ConfigError where `num_ranks` cannot be shared as the settings say."""
+    size = cfg.model_parallel_size
+    tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+    if num_ranks % size:
+        raise ConfigError(
+            f"The {num_ranks} {world} must be a multiple of --tensor-model-parallel-size {tensor} x "
+            f"--pipeline-model-parallel-size {pipeline} x --context-parallel-size {cfg.context_parallel_size} = {size}."
+        )
+    expert = cfg.expert_model_parallel_size * (cfg.expert_tensor_parallel_size or tensor) * pipeline
+    if cfg.expert_model_parallel_size > 1 and num_ranks % expert:
+        raise ConfigError(
+            f"The {num_ranks} {world} must be a multiple of --expert-model-parallel-size "
+            f"{cfg.expert_model_parallel_size} x --expert-tensor-parallel-size "
+            f"{cfg.expert_tensor_parallel_size or tensor} x --pipeline-model-parallel-size {pipeline} = {expert}."
+        )
+    if cfg.sequence_parallel and tensor == 1:
+        raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size above 1.")

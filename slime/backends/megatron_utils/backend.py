@@ -1,0 +1,230 @@
+"""The TrainBackend on Megatron-core: its models, schedules and optimizer under slime's recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from slime.backends.megatron_utils import transformer
+from slime.backends.megatron_utils.arguments import MegatronConfig
+from slime.backends.megatron_utils.gather import gathered_tensors
+from slime.backends.megatron_utils.head import TokenHead
+from slime.backends.megatron_utils.model import Weights, build_chunk, copy_into, host_copy, read_weights
+from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, read_shape
+from slime.backends.megatron_utils.optimizer import make_optimizer, step_if_finite
+from slime.backends.megatron_utils.packing import Inputs, Split, inputs_of
+from slime.backends.megatron_utils.parallel import (
+    SumOverContext,
+    from_last_stage,
+    is_last_stage,
+    open_groups,
+    over_context,
+    tensor_from_last_stage,
+)
+from slime.backends.shared.lr_schedule import learning_rate
+from slime.backends.shared.target_log_probs import LogitRule
+from slime.config.run import RunConfig
+from slime.data.packed import PackedBatch
+from slime.training.backend import LossFn, ModelTag, NamedTensor, StepMetrics, TokenOutputs, Wants
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["actor", "critic"]
+
+
+class MegatronBackend:
+    """One rank. `torch.distributed` is initialised by whoever starts the process.
+
+    Reference, old actor and teacher are weights in host memory that take the actor's place while they are asked.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        cfg: MegatronConfig,
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+        transformer_engine: bool = False,
+    ) -> None:
+        """dtype: of weights and computation; optimizer state is float32."""
+        self.run = run
+        self.cfg = cfg
+        self.device = device
+        self.dtype = dtype
+        self.layout = open_groups(cfg, seed=run.seed, timeout_minutes=run.distributed_timeout_minutes)
+        self.split = Split(
+            context_rank=parallel_state.get_context_parallel_rank(),
+            context_size=cfg.context_parallel_size,
+            tensor_size=cfg.tensor_model_parallel_size if cfg.sequence_parallel else 1,
+        )
+        self.shape = read_shape(run.hf_checkpoint)
+        self.transformer_engine = transformer_engine
+        self.config = transformer.transformer_config(
+            self.shape, cfg, dtype=dtype, device=device, transformer_engine=transformer_engine
+        )
+        self.host_weights: dict[ModelTag, Weights] = {}
+        self.num_steps = 0
+
+    # --- life-cycle
+
+    def load(self) -> int:
+        arguments = transformer.model_arguments(self.shape, self.cfg, longest=2**20)
+        self.chunk = build_chunk(self.config, arguments, transformer_engine=self.transformer_engine, device=self.device)
+        copy_into(self.chunk, self._read_hf(self.run.hf_checkpoint))
+        self.head = self._head() if is_last_stage() else None
+        self.chunk.wrapped = self._wrapped(self.chunk.lm)
+        optimizer_config = transformer.optimizer_config(self.run, self.cfg, dtype=self.dtype)
+        self.optimizer = make_optimizer(optimizer_config, self.chunk.wrapped)
+        self.config.finalize_model_grads_func = _finalize
+        if self.run.needs_reference:
+            self.host_weights["ref"] = self._read_hf(self.run.ref_load or self.run.hf_checkpoint)
+        return 0
+
+    def _head(self) -> TokenHead:
+        rule = LogitRule(self.run.rollout_temperature, None, self.run.log_probs_chunk_size)
+        return TokenHead(self.chunk.lm, vocab_size=self.shape.vocab_size, rule=rule)
+
+    def _wrapped(self, lm: nn.Module) -> nn.Module:
+        half = lm if self.dtype == torch.float32 else Float16Module(self.config, lm)
+        wrapped: nn.Module = DistributedDataParallel(self.config, transformer.ddp_config(self.cfg), half)
+        return wrapped
+
+    def _read_hf(self, directory: str) -> Weights:
+        checkpoint = HFDirectory(directory)
+        check_checkpoint(self.shape, checkpoint.shapes)
+        return read_weights(self.chunk, self.shape, checkpoint)
+
+    # --- forward and backward
+
+    def log_probs(self, batches: list[PackedBatch], model: ModelTag, *, entropy: bool) -> list[TokenOutputs]:
+        wants = Wants(entropy=entropy)
+        self.chunk.wrapped.eval()
+        with self._weights_of(model), torch.no_grad():
+            found = self._run(batches, wants, _outputs_of, forward_only=True)
+        self.chunk.wrapped.train()
+        return self._complete(batches, found, entropy=entropy)
+
+    def _complete(
+        self, batches: list[PackedBatch], found: list[tuple[Inputs, TokenOutputs]], *, entropy: bool
+    ) -> list[TokenOutputs]:
+        """What the last stage and the context-parallel ranks found, put together on every rank."""
+        lengths = [len(batch.target_index) for batch in batches]
+        all_T = torch.zeros(1 + entropy, sum(lengths), device=self.device)
+        for part_T, (inputs, outputs) in zip(all_T.split(lengths, dim=1), found, strict=False):
+            part_T[0, inputs.kept] = outputs.log_probs
+            if outputs.entropy is not None:
+                part_T[1, inputs.kept] = outputs.entropy
+        tensor_from_last_stage(over_context(all_T))
+        return [
+            TokenOutputs(part_T[0].clone(), entropy=part_T[1].clone() if entropy else None)
+            for part_T in all_T.split(lengths, dim=1)
+        ]
+
+    def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
+        self.chunk.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        lr = learning_rate(self.num_steps, self.run, self._total_steps())
+        found = self._run(batches, wants, partial(_loss_of, loss=loss), forward_only=False)
+        metrics = self._sum_metrics(found)
+        norm = step_if_finite(
+            self.optimizer, lr=lr, clip_grad=self.run.clip_grad, is_loss_finite=math.isfinite(metrics["loss"])
+        )
+        self.num_steps += 1
+        return StepMetrics(metrics, norm, lr, skipped=not (math.isfinite(norm) and math.isfinite(metrics["loss"])))
+
+    def _run(
+        self, batches: list[PackedBatch], wants: Wants, finish: Callable[..., Any], *, forward_only: bool
+    ) -> list[Any]:
+        """Megatron's schedule over the micro-batches. Returns what `finish` left of each, on the last stage alone."""
+        inputs = [inputs_of(batch, self.split, self.device, on_device=self.transformer_engine) for batch in batches]
+        result: list[Any] = get_forward_backward_func()(
+            forward_step_func=partial(self._forward, wants=wants, finish=finish),
+            data_iterator=iter(inputs),
+            model=self.chunk.wrapped,
+            num_microbatches=len(batches),
+            seq_length=1,  # stages tell each other how long theirs are
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return result if is_last_stage() else []
+
+    def _forward(
+        self, iterator: Iterator[Inputs], model: nn.Module, *, wants: Wants, finish: Callable[..., Any]
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        """One micro-batch through this stage, as a schedule calls it."""
+        inputs = next(iterator)
+        head = self.head
+        if head is not None:
+            head.wanted = (inputs, wants)
+        output = model(inputs.input_ids, inputs.position_ids, None, packed_seq_params=inputs.packing)
+        return output, lambda output, **options: finish(inputs, head.take() if head is not None else None)
+
+    def _sum_metrics(self, found: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Shares of micro-batches, context-parallel and data-parallel ranks, added up; the same on every rank."""
+        metrics: dict[str, float] = {}
+        if is_last_stage():
+            names = list(found[0])
+            shares = torch.stack([torch.stack([share[name] for name in names]) for share in found]).sum(0)
+            dist.all_reduce(shares, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+            metrics = dict(zip(names, shares.tolist(), strict=True))
+        summed: dict[str, float] = from_last_stage(metrics)
+        return summed
+
+    def sum_over_data_ranks(self, values: Tensor) -> Tensor:
+        values = values.to(self.device, copy=True)
+        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+        return values.cpu()
+
+    def _total_steps(self) -> int:
+        return (self.run.num_rollout or 1) * (self.run.num_steps_per_rollout or 1)
+
+    # --- weights
+
+    def hf_tensors(self) -> Iterator[NamedTensor]:
+        yield from gathered_tensors(self.chunk, self.shape, bucket_bytes=self.run.update_weight_buffer_size)
+
+    @contextlib.contextmanager
+    def _weights_of(self, tag: ModelTag) -> Iterator[None]:
+        """The model with the weights of `tag`, then with its own again."""
+        if tag == "actor":
+            yield
+            return
+        own = host_copy(self.chunk)
+        copy_into(self.chunk, self.host_weights[tag])
+        yield
+        copy_into(self.chunk, own)
+
+
+def _outputs_of(inputs: Inputs, outputs: TokenOutputs) -> tuple[Inputs, TokenOutputs]:
+    return inputs, outputs
+
+
+def _loss_of(inputs: Inputs, outputs: TokenOutputs, *, loss: LossFn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """As Megatron wants it: the loss, a number of tokens that nothing is divided by, and metrics."""
+    result = loss(outputs, inputs.batch, partial(_sequence_sum, batch=inputs.batch))
+    return result.loss, torch.tensor(1, dtype=torch.int), result.metrics | {"loss": result.loss.detach()}
+
+
+def _sequence_sum(values_T: Tensor, batch: PackedBatch) -> Tensor:
+    own = values_T.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, values_T)
+    summed: Tensor = SumOverContext.apply(own)
+    return summed
+
+
+def _finalize(models: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+    """Gradients added up among ranks. They are shares of a mean already: nothing is divided by `num_tokens`."""
+    finalize_model_grads(models, None, **options)

@@ -1,0 +1,40 @@
+"""Layers of a model: Transformer Engine's, or Megatron's local ones with norms and attention on torch alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from slime.backends.megatron_utils.attention import PackedAttention
+
+
+class Norm(torch.nn.RMSNorm):
+    """RMS norm whose gradient Megatron adds up among sequence-parallel ranks; its own torch norm refuses them."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **other: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def block_spec(config: TransformerConfig, *, transformer_engine: bool) -> TransformerBlockSubmodules:
+    """The layers of one stage. Checkpoints of both kinds have the same names."""
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=transformer_engine,
+        normalization=config.normalization,
+    )
+    if transformer_engine:
+        return block
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+        attention = parts.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = Norm
+    block.layer_norm = Norm
+    return block

@@ -1,0 +1,63 @@
+"""Two ranks, whatever they share, train as FSDP trains on one. All happens in one pair of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.megatron_cpu import megatron_on_cpu
+from helpers.megatron_training import STEADY, Run, make_megatron, two_rollouts
+from helpers.tiny_models import make_tiny_model
+from helpers.training import make_backend, run_ranks, settings_for
+
+pytestmark = pytest.mark.slow
+
+DYNAMIC = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 40, "num_steps_per_rollout": 2}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data": {},
+    "distributed_optimizer": {"use_distributed_optimizer": True},
+    "tensor": {"tensor_model_parallel_size": 2},
+    "sequence": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pipeline": {"pipeline_model_parallel_size": 2},
+    "context": {"context_parallel_size": 2},
+}
+
+
+def run_one(layout: str, model: Path, work: Path, **settings: Any) -> None:
+    args = settings_for(model, **STEADY | DYNAMIC | settings)
+    backend = make_megatron(args, **LAYOUTS[layout])
+    backend.load()
+    run = two_rollouts(backend, args, work)
+    if dist.get_rank() == 0:
+        torch.save(tuple(run), work / f"{layout}.pt")
+
+
+def two_ranks_body(model: Path, work: Path) -> None:
+    with megatron_on_cpu():
+        for layout in LAYOUTS:
+            run_one(layout, model, work)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("runs")
+    model = make_tiny_model(work / "model", num_hidden_layers=4, vocab_size=321)  # two ranks pad the vocabulary
+    args = settings_for(model, **STEADY | DYNAMIC)
+    fsdp = make_backend(args)
+    fsdp.load()
+    torch.save(tuple(two_rollouts(fsdp, args, work)), work / "fsdp.pt")
+    run_ranks(two_ranks_body, 2, model, work, store=work / "store")
+    return work
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_of_megatron_train_as_one_of_fsdp(layout: str, runs: Path) -> None:
+    theirs, ours = (Run(*torch.load(runs / f"{name}.pt")) for name in ("fsdp", layout))
+    for expected, metrics in zip(theirs.metrics, ours.metrics, strict=True):
+        assert metrics == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    assert ours.weights.keys() == theirs.weights.keys()
+    for name, tensor in ours.weights.items():
+        torch.testing.assert_close(tensor, theirs.weights[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
