@@ -34,10 +34,9 @@ _DEFAULTS: dict[str, Any] = {  # of Megatron's parser, where a flag is not given
     "--moe-router-score-function": "softmax",
     "--moe-layer-freq": 1,
     "--rope-scaling-factor": 8.0,
-    "--rope-type": None,
-    "--beta-fast": 32,
-    "--beta-slow": 1,
 }
+# Fields of MLATransformerConfig with their defaults, for which Megatron's parser has no flags.
+_WITHOUT_FLAG = {"--original-max-position-embeddings": 4096, "--beta-fast": 32.0, "--beta-slow": 1.0}
 
 
 def facts(shape: ModelShape) -> list[Argument]:
@@ -148,9 +147,13 @@ def _switch(is_on: bool, argument: Argument) -> Iterator[Argument]:
 
 
 def as_flags(arguments: Sequence[Argument]) -> list[str]:
-    """A command line: ["--num-layers", "36", "--swiglu", ...]."""
+    """A command line: ["--num-layers", "36", "--swiglu", ...]. Raises NameMapError where Megatron has no such flag."""
     words = []
     for argument in arguments:
+        if argument.flag in _WITHOUT_FLAG:
+            if argument.value != _WITHOUT_FLAG[argument.flag]:
+                raise NameMapError(f"Megatron's parser has no {argument.flag}, config.json says {argument.value}")
+            continue
         words.append(argument.flag)
         if argument.value is not SWITCH:
             words.append(_as_text(argument.value))
@@ -228,7 +231,7 @@ def check_given(shape: ModelShape, given: Mapping[str, str | bool]) -> None:
 def _default(shape: ModelShape, flag: str) -> Any:
     if flag == "--kv-channels":
         return shape.hidden_size // shape.num_heads
-    return _DEFAULTS.get(flag)
+    return _WITHOUT_FLAG.get(flag, _DEFAULTS.get(flag))
 
 
 def _same(found: Any, expected: Any) -> bool:
@@ -269,7 +272,7 @@ def _as_text(value: Any) -> str:
         case list():
             return f"([0]*{value.count(0)}+[1]*{value.count(1)})"
         case float():
-            return f"{value:g}"
+            return f"{value:g}".replace("e-0", "e-")
     return str(value)
 
 
