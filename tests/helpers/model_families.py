@@ -81,7 +81,7 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, 
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):
-                buffer.copy_(torch.randn_like(buffer) * 0.05)
+                buffer.data = torch.randn(buffer.shape) * 0.05  # float32, as published checkpoints hold it
     return model.eval()
 
 

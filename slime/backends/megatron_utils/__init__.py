@@ -1,1 +1,1 @@
-"""The TrainBackend on Megatron-core, and the names of its models. Importing it does not import Megatron."""
+"""TrainBackend on Megatron-core: tensor, pipeline, context and expert parallel. Importing it imports no Megatron."""

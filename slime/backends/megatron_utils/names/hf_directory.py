@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slime.backends.megatron_utils.names.model_shape import NameMapError
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class HFDirectory:
@@ -28,9 +31,9 @@ class HFDirectory:
             except (SafetensorError, OSError) as error:
                 raise NameMapError(f"{path} cannot be read: {error}") from error
             self._files |= dict.fromkeys(file.keys(), file)
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()
-        }
+        slices = {name: file.get_slice(name) for name, file in self._files.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        self.dtypes = {name: _dtype(name, part.get_dtype()) for name, part in slices.items()}
 
     def read(self, name: str, axis: int, start: int, stop: int) -> Tensor:
         """Rows `start:stop` along `axis` of a tensor, in the dtype of the file."""
@@ -41,3 +44,9 @@ class HFDirectory:
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""
         return self._files[name].get_tensor(name)
+
+
+def _dtype(name: str, code: str) -> torch.dtype:
+    if code not in _DTYPES:
+        raise NameMapError(f"tensor {name} is stored as {code}; {', '.join(_DTYPES)} can be read. Dequantize it first.")
+    return _DTYPES[code]

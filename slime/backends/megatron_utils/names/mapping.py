@@ -97,9 +97,9 @@ def map_parameter(shape: ModelShape, place: ParallelPlace, name: str) -> Mapped:
     return _mapped(row, address, shape, place)
 
 
-def all_parameters(shape: ModelShape) -> Iterator[Mapped]:
+def all_parameters(shape: ModelShape, *, padded_vocab_size: int | None = None) -> Iterator[Mapped]:
     """Every parameter of the model in one part, from the embedding to the output."""
-    place = ParallelPlace(layers=range(shape.num_layers))
+    place = ParallelPlace(layers=range(shape.num_layers), padded_vocab_size=padded_vocab_size)
     top = _rows(shape, None)
     yield _mapped(top["embedding.word_embeddings.weight"], _Address("", None, None), shape, place)
     for layer in range(shape.num_layers):
