@@ -81,8 +81,13 @@ class MegatronBackend:
     # --- life-cycle
 
     def load(self) -> int:
-        arguments = transformer.model_arguments(self.shape, self.cfg, longest=2**20)
-        self.chunk = build_chunk(self.config, arguments, transformer_engine=self.transformer_engine, device=self.device)
+        self.chunk = build_chunk(
+            self.config,
+            self.shape,
+            transformer.model_options(self.shape, self.cfg),
+            transformer_engine=self.transformer_engine,
+            device=self.device,
+        )
         copy_into(self.chunk, self._read_hf(self.run.hf_checkpoint))
         self.head = self._head() if is_last_stage() else None
         self.chunk.wrapped = self._wrapped(self.chunk.lm)

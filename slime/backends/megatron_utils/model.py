@@ -10,7 +10,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from slime.backends.megatron_utils.layers import block_spec
+from slime.backends.megatron_utils.layers import apply_router_without_transformer_engine, block_spec
 from slime.backends.megatron_utils.names import HFDirectory, ModelShape, ParallelPlace, local_tensor, map_parameter
 from slime.backends.megatron_utils.parallel import place_of
 
@@ -32,18 +32,24 @@ class Chunk:
 
 
 def build_chunk(
-    config: TransformerConfig, arguments: dict[str, Any], *, transformer_engine: bool, device: torch.device
+    config: TransformerConfig,
+    shape: ModelShape,
+    options: dict[str, Any],
+    *,
+    transformer_engine: bool,
+    device: torch.device,
 ) -> Chunk:
-    """This rank's stage, with random weights."""
+    """This rank's stage, with random weights. options: `transformer.model_options`."""
+    apply_router_without_transformer_engine()
     lm = GPTModel(
         config,
-        block_spec(config, transformer_engine=transformer_engine),
+        block_spec(config, transformer_engine=transformer_engine, sandwich_norms=shape.sandwich_norms),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        **arguments,
+        **options,
     ).to(device)
     layers = [layer.layer_number - 1 for layer in lm.decoder.layers]
-    return Chunk(lm, place_of(layers, arguments["vocab_size"]))
+    return Chunk(lm, place_of(layers, options["vocab_size"]))
 
 
 @torch.no_grad()

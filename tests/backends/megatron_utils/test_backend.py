@@ -26,6 +26,8 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         ("qwen3", {}),
         ("qwen2", {"kl_coef": 0.2, "tie": True}),
         ("llama", {"rollout_temperature": 0.7, "num_steps_per_rollout": 2, "entropy_coef": 0.1}),
+        ("glm4", {}),
+        ("qwen3_moe", {}),
     ],
 )
 def test_megatron_trains_as_fsdp(architecture: str, settings: dict[str, Any], tmp_path: Path) -> None:

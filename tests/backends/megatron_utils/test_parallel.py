@@ -26,36 +26,56 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_one(layout: str, model: Path, work: Path, **settings: Any) -> None:
-    args = settings_for(model, **STEADY | DYNAMIC | settings)
-    backend = make_megatron(args, **LAYOUTS[layout])
+MOE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "experts": {"expert_model_parallel_size": 2},
+    "sequence_and_experts": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
+    },
+}
+
+
+def run_one(layout: str, parallel: dict[str, Any], model: Path, work: Path) -> None:
+    args = settings_for(model, **STEADY | DYNAMIC)
+    backend = make_megatron(args, **parallel)
     backend.load()
     run = two_rollouts(backend, args, work)
     if dist.get_rank() == 0:
         torch.save(tuple(run), work / f"{layout}.pt")
 
 
-def two_ranks_body(model: Path, work: Path) -> None:
+def two_ranks_body(model: Path, moe: Path, work: Path) -> None:
     with megatron_on_cpu():
-        for layout in LAYOUTS:
-            run_one(layout, model, work)
+        for layout, parallel in LAYOUTS.items():
+            run_one(layout, parallel, model, work)
+        for layout, parallel in MOE_LAYOUTS.items():
+            run_one(layout, parallel, moe, work)
+
+
+def run_fsdp(name: str, model: Path, work: Path) -> None:
+    args = settings_for(model, **STEADY | DYNAMIC)
+    fsdp = make_backend(args)
+    fsdp.load()
+    torch.save(tuple(two_rollouts(fsdp, args, work)), work / f"{name}.pt")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("runs")
     model = make_tiny_model(work / "model", num_hidden_layers=4, vocab_size=321)  # two ranks pad the vocabulary
-    args = settings_for(model, **STEADY | DYNAMIC)
-    fsdp = make_backend(args)
-    fsdp.load()
-    torch.save(tuple(two_rollouts(fsdp, args, work)), work / "fsdp.pt")
-    run_ranks(two_ranks_body, 2, model, work, store=work / "store")
+    moe = make_tiny_model(work / "moe", "qwen3_moe")
+    run_fsdp("fsdp", model, work)
+    run_fsdp("fsdp_moe", moe, work)
+    run_ranks(two_ranks_body, 2, model, moe, work, store=work / "store")
     return work
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *MOE_LAYOUTS])
 def test_two_ranks_of_megatron_train_as_one_of_fsdp(layout: str, runs: Path) -> None:
-    theirs, ours = (Run(*torch.load(runs / f"{name}.pt")) for name in ("fsdp", layout))
+    reference = "fsdp_moe" if layout in MOE_LAYOUTS else "fsdp"
+    theirs, ours = (Run(*torch.load(runs / f"{name}.pt")) for name in (reference, layout))
     for expected, metrics in zip(theirs.metrics, ours.metrics, strict=True):
         assert metrics == pytest.approx(expected, abs=1e-5, rel=1e-5)
     assert ours.weights.keys() == theirs.weights.keys()
