@@ -183,7 +183,12 @@ def test_flags_become_typed_settings(base: list[str]) -> None:
             ["--actor-num-gpus-per-node", "2", "--rollout-num-gpus-per-engine", "2"],
             "--rollout-num-gpus-per-engine 2: the embedded engine serves one slot",
         ),
-        (["--train-backend", "megatron"], "--train-backend megatron is not available in this version"),
+        (["--train-backend", "megatron", "--device", "cpu"], "--device cpu: Megatron trains on GPUs"),
+        (["--train-backend", "megatron", "--use-wings"], "Unknown setting --use-wings"),
+        (
+            ["--train-backend", "megatron", "--tensor-model-parallel-size", "3"],
+            "must be a multiple of --tensor-model-parallel-size 3",
+        ),
         (["--hf-checkpoint", "absent"], "--hf-checkpoint: there is no directory absent."),
         (["--hf-checkpoint", "."], "--hf-checkpoint: . has no config.json"),
         (["--ref-load", "absent"], "--ref-load: there is no directory absent."),

@@ -180,7 +180,7 @@ def _batch(config: RunConfig) -> dict[str, Any]:
         f"--n-samples-per-prompt {config.n_samples_per_prompt} = {num_samples}.",
     )
     _require(
-        global_batch_size >= config.num_trainers or config.debug_rollout_only,
+        global_batch_size >= config.num_trainers or config.debug_rollout_only or config.train_backend == "megatron",
         f"--global-batch-size {global_batch_size} is smaller than the {config.num_trainers} trainer ranks.",
     )
     return {

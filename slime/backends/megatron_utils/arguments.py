@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from slime.backends.megatron_utils.find import find_megatron
 from slime.config.base import ConfigError, Group, arg, check, check_not_negative, check_positive
+from slime.config.run import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,7 @@ class MegatronConfig(Group):
     moe_router_dtype: Literal["fp32", "fp64"] | None = arg(None, "Precision of routing (default: the model's).")
     moe_aux_loss_coeff: float = arg(0.0, "Weight of the loss that balances experts.")
     ckpt_format: Literal["torch_dist", "torch"] = arg(
-        "torch_dist", "What --save writes: torch_dist loads at any parallelism, torch at its own; both are read."
+        "torch_dist", "What --save writes. Files of the older torch format are converted by `slime convert`."
     )
     custom_megatron_init_path: str | None = arg(None, "f(args), before a rank builds its model.")
     custom_megatron_before_log_prob_hook_path: str | None = arg(
@@ -47,7 +52,6 @@ class MegatronConfig(Group):
     custom_megatron_before_train_step_hook_path: str | None = arg(
         None, "f(args, rollout_id, step_id, model, optimizer, opt_param_scheduler), before each optimizer step."
     )
-    seq_length: int | None = arg(None, "Not used: sequences are packed as they are.")
     megatron_args: dict[str, Any] = arg(
         {}, "Further settings of Megatron by name; a flag of the Megatron-LM that is found sets one."
     )
@@ -72,19 +76,38 @@ class MegatronConfig(Group):
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
-def check_parallelism(cfg: MegatronConfig, num_ranks: int, *, world: str = "trainer ranks") -> None:
+def check_megatron(cfg: MegatronConfig, run: RunConfig) -> None:
+    """Raise ConfigError for a run that this backend cannot do, as far as that is known before devices are."""
+    megatron = find_megatron()
+    logger.info("%s", megatron)
+    is_on_cpu = run.device == "cpu" and cfg.custom_megatron_init_path is None
+    for is_refused, what in (
+        (is_on_cpu, "--device cpu: Megatron trains on GPUs"),
+        (run.needs_critic, "--advantage-estimator ppo: the Megatron backend has no critic"),
+        (cfg.ckpt_format == "torch", "--ckpt-format torch: checkpoints are written as torch_dist"),
+        (cfg.moe_grouped_gemm and not megatron.has_transformer_engine, "--moe-grouped-gemm needs Transformer Engine"),
+    ):
+        if is_refused:
+            raise ConfigError(f"{what}. Change that, or use --train-backend fsdp.")
+    check_parallelism(cfg, run.num_trainers)
+    num_copies = run.num_trainers // cfg.model_parallel_size
+    if (run.global_batch_size or num_copies) < num_copies:
+        raise ConfigError(f"--global-batch-size {run.global_batch_size} is smaller than the {num_copies} data ranks.")
+
+
+def check_parallelism(cfg: MegatronConfig, num_ranks: int) -> None:
     """Raise ConfigError where `num_ranks` cannot be shared as the settings say."""
     size = cfg.model_parallel_size
     tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
     if num_ranks % size:
         raise ConfigError(
-            f"The {num_ranks} {world} must be a multiple of --tensor-model-parallel-size {tensor} x "
+            f"The {num_ranks} trainer ranks must be a multiple of --tensor-model-parallel-size {tensor} x "
             f"--pipeline-model-parallel-size {pipeline} x --context-parallel-size {cfg.context_parallel_size} = {size}."
         )
     expert = cfg.expert_model_parallel_size * (cfg.expert_tensor_parallel_size or tensor) * pipeline
     if cfg.expert_model_parallel_size > 1 and num_ranks % expert:
         raise ConfigError(
-            f"The {num_ranks} {world} must be a multiple of --expert-model-parallel-size "
+            f"The {num_ranks} trainer ranks must be a multiple of --expert-model-parallel-size "
             f"{cfg.expert_model_parallel_size} x --expert-tensor-parallel-size "
             f"{cfg.expert_tensor_parallel_size or tensor} x --pipeline-model-parallel-size {pipeline} = {expert}."
         )

@@ -7,7 +7,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,14 +17,15 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
+from transformers import AutoConfig
 
-from slime.backends.megatron_utils import transformer
+from slime.backends.megatron_utils import checkpoint, sources, transformer
 from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.gather import gathered_tensors
 from slime.backends.megatron_utils.head import TokenHead
 from slime.backends.megatron_utils.model import Weights, build_chunk, copy_into, host_copy, read_weights
 from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, read_shape
-from slime.backends.megatron_utils.optimizer import make_optimizer, step_if_finite
+from slime.backends.megatron_utils.optimizer import gradient_buffers, make_optimizer, state_tensors, step_if_finite
 from slime.backends.megatron_utils.packing import Inputs, Split, inputs_of
 from slime.backends.megatron_utils.parallel import (
     SumOverContext,
@@ -33,15 +35,19 @@ from slime.backends.megatron_utils.parallel import (
     over_context,
     tensor_from_last_stage,
 )
+from slime.backends.megatron_utils.sources import Source
 from slime.backends.shared.lr_schedule import learning_rate
+from slime.backends.shared.offload import HostCopy
 from slime.backends.shared.target_log_probs import LogitRule
 from slime.config.run import RunConfig
 from slime.data.packed import PackedBatch
 from slime.training.backend import LossFn, ModelTag, NamedTensor, StepMetrics, TokenOutputs, Wants
+from slime.utils.misc import load_function
+from slime.weight_sync.disk import write_hf_directory
 
 logger = logging.getLogger(__name__)
 
-Role = Literal["actor", "critic"]
+_STORE_PREFIX: dict[ModelTag, str] = {"actor": "", "ref": "ref_", "old_actor": "old_", "teacher": "teacher_"}
 
 
 class MegatronBackend:
@@ -76,7 +82,15 @@ class MegatronBackend:
             self.shape, cfg, dtype=dtype, device=device, transformer_engine=transformer_engine
         )
         self.host_weights: dict[ModelTag, Weights] = {}
+        self.moved: set[ModelTag] = set()  # of those, what moved since it was loaded: a checkpoint holds it too
+        self.host_copy = HostCopy()
+        self.export_dtype = self._export_dtype()
         self.num_steps = 0
+
+    def _export_dtype(self) -> torch.dtype:
+        """That of the Hugging Face model, float32 where its config.json names none."""
+        named = AutoConfig.from_pretrained(self.run.hf_checkpoint, trust_remote_code=self.run.trust_remote_code).dtype
+        return named if isinstance(named, torch.dtype) else torch.float32
 
     # --- life-cycle
 
@@ -88,15 +102,57 @@ class MegatronBackend:
             transformer_engine=self.transformer_engine,
             device=self.device,
         )
-        copy_into(self.chunk, self._read_hf(self.run.hf_checkpoint))
+        source = sources.actor_source(self.run)
+        self._read(source)
         self.head = self._head() if is_last_stage() else None
         self.chunk.wrapped = self._wrapped(self.chunk.lm)
         optimizer_config = transformer.optimizer_config(self.run, self.cfg, dtype=self.dtype)
         self.optimizer = make_optimizer(optimizer_config, self.chunk.wrapped)
         self.config.finalize_model_grads_func = _finalize
+        continued = self._continued(source)
+        self._load_frozen(source.path if continued is not None else None)
+        return 0 if continued is None else continued.rollout_id + 1
+
+    def _read(self, source: Source) -> None:
+        """Overwrite the model's weights."""
+        if source.is_checkpoint:
+            checkpoint.read_weights(source.path, self.chunk.lm)
+            return
+        files = HFDirectory(source.path)
+        check_checkpoint(self.shape, files.shapes)
+        copy_into(self.chunk, read_weights(self.chunk, self.shape, files))
+
+    def _continued(self, source: Source) -> checkpoint.Meta | None:
+        """Restore what the run's own checkpoint holds besides weights; None where the run starts anew."""
+        meta = checkpoint.read_meta(source.path) if source.is_own and source.is_checkpoint else None
+        if meta is None or self.run.finetune:
+            return None
+        if not self.run.no_load_optim:
+            checkpoint.read_optimizer(source.path, self.chunk.lm, self.optimizer)
+        if not self.run.no_load_rng:
+            checkpoint.read_rng(source.path)
+        self.num_steps = meta.num_steps
+        logger.info("loaded %s, %d optimizer steps", source.path, meta.num_steps)
+        return meta
+
+    def _load_frozen(self, continued: Path | None) -> None:
+        """The models that the actor is compared with; those that a continued run had moved, from its checkpoint."""
+        wanted: dict[ModelTag, Source] = {}
         if self.run.needs_reference:
-            self.host_weights["ref"] = self._read_hf(self.run.ref_load or self.run.hf_checkpoint)
-        return 0
+            wanted["ref"] = sources.reference_source(self.run)
+        if self.run.needs_teacher and self.run.opd_teacher_load is not None:
+            wanted["teacher"] = sources.teacher_source(self.run)
+        moved: tuple[ModelTag, ...] = ("ref", "old_actor")
+        for tag in moved:
+            if continued is not None and (continued / tag).is_dir():
+                wanted[tag] = Source(continued / tag, is_checkpoint=True)
+                self.moved.add(tag)
+        own = host_copy(self.chunk) if wanted else {}
+        for tag, source in wanted.items():
+            self._read(source)
+            self.host_weights[tag] = host_copy(self.chunk)
+        if wanted:
+            copy_into(self.chunk, own)
 
     def _head(self) -> TokenHead:
         rule = LogitRule(self.run.rollout_temperature, None, self.run.log_probs_chunk_size)
@@ -107,10 +163,41 @@ class MegatronBackend:
         wrapped: nn.Module = DistributedDataParallel(self.config, transformer.ddp_config(self.cfg), half)
         return wrapped
 
-    def _read_hf(self, directory: str) -> Weights:
-        checkpoint = HFDirectory(directory)
-        check_checkpoint(self.shape, checkpoint.shapes)
-        return read_weights(self.chunk, self.shape, checkpoint)
+    def save(self, rollout_id: int) -> None:
+        run = self.run
+        assert run.save is not None
+        if run.save_hf is not None:
+            directory = Path(run.save_hf.format(rollout_id=rollout_id))
+            is_writer = self.layout.is_reporter
+            write_hf_directory(
+                self.hf_tensors(), directory, assets=run.hf_checkpoint, is_writer=is_writer, is_durable=True
+            )
+        with checkpoint.new_checkpoint(run.save, checkpoint.Meta(rollout_id, self.num_steps)) as folder:
+            checkpoint.write(folder, self.chunk.lm, None if run.no_save_optim else self.optimizer)
+            checkpoint.write_rng(folder)
+            for tag in sorted(self.moved):
+                with self._weights_of(tag):
+                    checkpoint.write(folder / tag, self.chunk.lm)
+
+    def sleep(self) -> None:
+        """Weights and optimizer to host memory; on a CPU they are there already. Gradients are given up."""
+        if self.device.type == "cuda":
+            for buffer in gradient_buffers(self.chunk.wrapped):
+                buffer.untyped_storage().resize_(0)
+            num_bytes = self.host_copy.store(self._tensors())
+            torch.cuda.empty_cache()
+            left = torch.cuda.memory_allocated(self.device)
+            logger.info("asleep: %.2f GiB on the host, %.2f GiB left on the GPU", num_bytes / 2**30, left / 2**30)
+
+    def wake_up(self) -> None:
+        self.host_copy.restore()
+        if self.device.type == "cuda":
+            for buffer in gradient_buffers(self.chunk.wrapped):
+                buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.chunk.weights().values()
+        yield from state_tensors(self.optimizer)
 
     # --- forward and backward
 
@@ -118,6 +205,7 @@ class MegatronBackend:
         wants = Wants(entropy=entropy)
         self.chunk.wrapped.eval()
         with self._weights_of(model), torch.no_grad():
+            self._call_hook(self.cfg.custom_megatron_before_log_prob_hook_path, _STORE_PREFIX[model])
             found = self._run(batches, wants, _outputs_of, forward_only=True)
         self.chunk.wrapped.train()
         return self._complete(batches, found, entropy=entropy)
@@ -142,6 +230,8 @@ class MegatronBackend:
         self.chunk.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         lr = learning_rate(self.num_steps, self.run, self._total_steps())
+        position = divmod(self.num_steps, self.run.num_steps_per_rollout or 1)
+        self._call_hook(self.cfg.custom_megatron_before_train_step_hook_path, *position, optimizer=True)
         found = self._run(batches, wants, partial(_loss_of, loss=loss), forward_only=False)
         metrics = self._sum_metrics(found)
         norm = step_if_finite(
@@ -194,13 +284,32 @@ class MegatronBackend:
         dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
         return values.cpu()
 
+    def _call_hook(self, path: str | None, *position: Any, optimizer: bool = False) -> None:
+        """A user's function, as the pages on plug-ins say: the model is a list of this rank's stages."""
+        if path is None:
+            return
+        models = [self.chunk.wrapped]
+        if optimizer:
+            schedule = partial(learning_rate, cfg=self.run, total_steps=self._total_steps())
+            load_function(path)(self.run, *position, models, self.optimizer, schedule)
+        else:
+            load_function(path)(self.run, models, *position)
+
     def _total_steps(self) -> int:
         return (self.run.num_rollout or 1) * (self.run.num_steps_per_rollout or 1)
 
     # --- weights
 
     def hf_tensors(self) -> Iterator[NamedTensor]:
-        yield from gathered_tensors(self.chunk, self.shape, bucket_bytes=self.run.update_weight_buffer_size)
+        bucket_bytes = self.run.update_weight_buffer_size
+        with self.host_copy.lend(self.chunk.weights().values()):  # also while asleep
+            for name, tensor in gathered_tensors(self.chunk, self.shape, bucket_bytes=bucket_bytes):
+                yield NamedTensor(name, tensor.to(self.export_dtype))
+
+    def copy_weights(self, source: ModelTag, target: ModelTag) -> None:
+        with self.host_copy.lend(self.chunk.weights().values()):
+            self.host_weights[target] = host_copy(self.chunk) if source == "actor" else dict(self.host_weights[source])
+        self.moved.add(target)
 
     @contextlib.contextmanager
     def _weights_of(self, tag: ModelTag) -> Iterator[None]:

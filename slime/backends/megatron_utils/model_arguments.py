@@ -215,7 +215,7 @@ def check_given(shape: ModelShape, given: Mapping[str, str | bool]) -> None:
     given: as from `given_flags`; flags that config.json says nothing about are not looked at.
     """
     derived = {argument.flag: argument.value for argument in facts(shape)}
-    given = {flag: value for flag, value in given.items() if flag in _ALL_FACTS}
+    given = {flag: value for flag, value in given.items() if flag in MODEL_FLAGS}
     if given.pop("--position-embedding-type", None) == "rope":
         given["--use-rotary-position-embeddings"] = SWITCH
     for flag in [*derived, *sorted(given.keys() - derived.keys())]:
@@ -276,7 +276,7 @@ def _as_text(value: Any) -> str:
     return str(value)
 
 
-_ALL_FACTS = frozenset(
+MODEL_FLAGS = frozenset(
     {
         *("--num-layers", "--hidden-size", "--ffn-hidden-size", "--swiglu", "--vocab-size", "--disable-bias-linear"),
         *("--untie-embeddings-and-output-weights", "--num-attention-heads", "--group-query-attention"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,3 +41,18 @@ def step_if_finite(optimizer: MegatronOptimizer, *, lr: float, clip_grad: float,
                 clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
     return norm
+
+
+def state_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
+    """Float32 weights and moments, wherever Megatron keeps them."""
+    for part in parts_of(optimizer):
+        for group in part.param_groups:
+            yield from group["params"]
+        for state in part.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def gradient_buffers(model: Any) -> Iterator[torch.Tensor]:
+    """The memory in which Megatron adds up gradients. model: wrapped in its DistributedDataParallel."""
+    for buffer in (*model.buffers, *model.expert_parallel_buffers):
+        yield buffer.grad_data
