@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import logging
 import time
 import types
@@ -36,6 +37,7 @@ def megatron_on_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
+    importlib.import_module("torch._dynamo")  # it lists torch's functions when it is imported: the originals
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # the compiler asks for GPUs

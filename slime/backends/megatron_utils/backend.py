@@ -21,6 +21,7 @@ from transformers import AutoConfig
 
 from slime.backends.megatron_utils import checkpoint, sources, transformer
 from slime.backends.megatron_utils.arguments import MegatronConfig
+from slime.backends.megatron_utils.folders import Meta, read_meta
 from slime.backends.megatron_utils.gather import gathered_tensors
 from slime.backends.megatron_utils.head import TokenHead
 from slime.backends.megatron_utils.model import Weights, build_chunk, copy_into, host_copy, read_weights
@@ -122,9 +123,9 @@ class MegatronBackend:
         check_checkpoint(self.shape, files.shapes)
         copy_into(self.chunk, read_weights(self.chunk, self.shape, files))
 
-    def _continued(self, source: Source) -> checkpoint.Meta | None:
+    def _continued(self, source: Source) -> Meta | None:
         """Restore what the run's own checkpoint holds besides weights; None where the run starts anew."""
-        meta = checkpoint.read_meta(source.path) if source.is_own and source.is_checkpoint else None
+        meta = read_meta(source.path) if source.is_own and source.is_checkpoint else None
         if meta is None or self.run.finetune:
             return None
         if not self.run.no_load_optim:
@@ -172,7 +173,7 @@ class MegatronBackend:
             write_hf_directory(
                 self.hf_tensors(), directory, assets=run.hf_checkpoint, is_writer=is_writer, is_durable=True
             )
-        with checkpoint.new_checkpoint(run.save, checkpoint.Meta(rollout_id, self.num_steps)) as folder:
+        with checkpoint.new_checkpoint(run.save, Meta(rollout_id, self.num_steps)) as folder:
             checkpoint.write(folder, self.chunk.lm, None if run.no_save_optim else self.optimizer)
             checkpoint.write_rng(folder)
             for tag in sorted(self.moved):

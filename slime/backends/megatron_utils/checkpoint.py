@@ -4,7 +4,7 @@ SAVE/
 |-- latest_checkpointed_iteration.txt     the last complete step, written last; "release": weights alone
 |-- iter_0000010/                         Megatron's files: weights, and the optimizer's state
     |-- ref/ old_actor/                   weights that the run moved: `copy_weights`
-    |-- rng/ slime.json                   random numbers of each rank; rollout and steps
+    |-- rng/ meta.json                    random numbers of each rank; rollout and steps
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,52 +24,12 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from slime.backends.megatron_utils.folders import META, TRACKER, CheckpointError, Meta, iteration_folder
 from slime.utils.files import fsync_tree, replace_directory, write_text_atomically
 
 logger = logging.getLogger(__name__)
 
-TRACKER = "latest_checkpointed_iteration.txt"
-_META = "slime.json"
-_COMPLETE = "metadata.json"  # Megatron writes it last
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or not be read: absent, incomplete, or of another model."""
-
-
-class Meta(NamedTuple):
-    """What slime says of a checkpoint of its own. num_steps: optimizer steps taken so far."""
-
-    rollout_id: int
-    num_steps: int
-
-
-def find_checkpoint(root: str | None, step: int | None) -> Path | None:
-    """The folder of step `step`, or the one that the tracker names; None where `root` holds no checkpoint.
-
-    Raises CheckpointError where a step is asked for, or promised by the tracker, that is not there.
-    """
-    if root is None:
-        return None
-    tracker = Path(root) / TRACKER
-    if step is None and not tracker.is_file():
-        return None
-    name = str(step) if step is not None else tracker.read_text().strip()
-    if name != "release" and not name.isdigit():
-        raise CheckpointError(f"{tracker} must hold a step number or release, got {name!r}")
-    folder = Path(root) / name if name == "release" else iteration_folder(root, int(name))
-    if (folder / "mp_rank_00").is_dir() or (folder / "mp_rank_00_000").is_dir():
-        raise CheckpointError(f"{folder} has the torch format: `slime convert` makes a Hugging Face directory of it")
-    if not (folder / _COMPLETE).is_file():
-        there = sorted(path.name for path in Path(root).glob("iter_*"))
-        raise CheckpointError(f"there is no complete checkpoint {folder}; present: {', '.join(there) or 'none'}")
-    return folder
-
-
-def iteration_folder(root: str, rollout_id: int) -> Path:
-    """The folder of the checkpoint written after `rollout_id`."""
-    return Path(root) / f"iter_{rollout_id:07d}"
 
 
 @contextmanager
@@ -86,7 +46,7 @@ def new_checkpoint(root: str, meta: Meta) -> Iterator[Path]:
         yield temporary
         dist.barrier()
         if on_first:
-            (temporary / _META).write_text(json.dumps(meta._asdict()))
+            (temporary / META).write_text(json.dumps(meta._asdict()))
             fsync_tree(temporary)
             replace_directory(temporary, final)
             write_text_atomically(Path(root) / TRACKER, str(meta.rollout_id))
@@ -162,9 +122,3 @@ def read_rng(folder: Path) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def read_meta(folder: Path) -> Meta | None:
-    """What slime says of the checkpoint; None of one that slime did not write."""
-    path = folder / _META
-    return Meta(**json.loads(path.read_text())) if path.is_file() else None

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from slime.backends.megatron_utils.checkpoint import CheckpointError, find_checkpoint
+from slime.backends.megatron_utils.folders import CheckpointError, find_checkpoint
 from slime.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
