@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,10 @@ class Run(NamedTuple):
 
 
 def make_megatron(args: Args, **parallel: Any) -> TrainBackend:
-    """This rank's backend in float32, not yet loaded. parallel: fields of MegatronConfig."""
+    """This rank's backend in float32, not yet loaded. parallel: fields of MegatronConfig, and the context's size."""
     from slime.backends.megatron_utils.backend import MegatronBackend
 
+    args = dataclasses.replace(args, context_parallel_size=parallel.pop("context_parallel_size", 1))
     return MegatronBackend(args, MegatronConfig(**parallel), torch.device("cpu"), dtype=torch.float32)
 
 

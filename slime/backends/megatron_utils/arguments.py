@@ -20,7 +20,6 @@ class MegatronConfig(Group):
     tensor_model_parallel_size: int = arg(1, "Ranks that share each matrix.")
     sequence_parallel: bool = arg(False, "Norms and residuals are shared among the tensor-parallel ranks too.")
     pipeline_model_parallel_size: int = arg(1, "Ranks that share the layers.")
-    context_parallel_size: int = arg(1, "Ranks that share the tokens of a sequence.")
     expert_model_parallel_size: int = arg(1, "Ranks that share the experts.")
     expert_tensor_parallel_size: int | None = arg(
         None, "Ranks that share each expert's matrices (default: --tensor-model-parallel-size)."
@@ -57,7 +56,7 @@ class MegatronConfig(Group):
     )
 
     def __post_init__(self) -> None:
-        check_positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        check_positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         check_positive(self, "expert_model_parallel_size", "expert_tensor_parallel_size", "recompute_num_layers")
         check_not_negative(self, "moe_aux_loss_coeff")
         for name in ("attention_dropout", "hidden_dropout"):
@@ -72,8 +71,8 @@ class MegatronConfig(Group):
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the weights and see the same samples."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        """Ranks that hold one copy of the weights together."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
 
 def check_megatron(cfg: MegatronConfig, run: RunConfig) -> None:
@@ -84,25 +83,23 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig) -> None:
     for is_refused, what in (
         (is_on_cpu, "--device cpu: Megatron trains on GPUs"),
         (run.needs_critic, "--advantage-estimator ppo: the Megatron backend has no critic"),
+        (run.async_save, "--async-save: the Megatron backend saves before it goes on"),
         (cfg.ckpt_format == "torch", "--ckpt-format torch: checkpoints are written as torch_dist"),
         (cfg.moe_grouped_gemm and not megatron.has_transformer_engine, "--moe-grouped-gemm needs Transformer Engine"),
     ):
         if is_refused:
             raise ConfigError(f"{what}. Change that, or use --train-backend fsdp.")
-    check_parallelism(cfg, run.num_trainers)
-    num_copies = run.num_trainers // cfg.model_parallel_size
-    if (run.global_batch_size or num_copies) < num_copies:
-        raise ConfigError(f"--global-batch-size {run.global_batch_size} is smaller than the {num_copies} data ranks.")
+    check_parallelism(cfg, run.num_trainers, run.context_parallel_size)
 
 
-def check_parallelism(cfg: MegatronConfig, num_ranks: int) -> None:
+def check_parallelism(cfg: MegatronConfig, num_ranks: int, context: int) -> None:
     """Raise ConfigError where `num_ranks` cannot be shared as the settings say."""
-    size = cfg.model_parallel_size
+    size = cfg.model_parallel_size * context
     tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
     if num_ranks % size:
         raise ConfigError(
             f"The {num_ranks} trainer ranks must be a multiple of --tensor-model-parallel-size {tensor} x "
-            f"--pipeline-model-parallel-size {pipeline} x --context-parallel-size {cfg.context_parallel_size} = {size}."
+            f"--pipeline-model-parallel-size {pipeline} x --context-parallel-size {context} = {size}."
         )
     expert = cfg.expert_model_parallel_size * (cfg.expert_tensor_parallel_size or tensor) * pipeline
     if cfg.expert_model_parallel_size > 1 and num_ranks % expert:

@@ -37,7 +37,7 @@ from slime.backends.megatron_utils.parallel import (
     tensor_from_last_stage,
 )
 from slime.backends.megatron_utils.sources import Source
-from slime.backends.shared.lr_schedule import learning_rate
+from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
 from slime.backends.shared.offload import HostCopy
 from slime.backends.shared.target_log_probs import LogitRule
 from slime.config.run import RunConfig
@@ -71,16 +71,21 @@ class MegatronBackend:
         self.cfg = cfg
         self.device = device
         self.dtype = dtype
-        self.layout = open_groups(cfg, seed=run.seed, timeout_minutes=run.distributed_timeout_minutes)
+        self.layout = open_groups(cfg, run)
         self.split = Split(
             context_rank=parallel_state.get_context_parallel_rank(),
-            context_size=cfg.context_parallel_size,
+            context_size=run.context_parallel_size,
             tensor_size=cfg.tensor_model_parallel_size if cfg.sequence_parallel else 1,
         )
         self.shape = read_shape(run.hf_checkpoint)
         self.transformer_engine = transformer_engine
         self.config = transformer.transformer_config(
-            self.shape, cfg, dtype=dtype, device=device, transformer_engine=transformer_engine
+            self.shape,
+            cfg,
+            context_size=run.context_parallel_size,
+            dtype=dtype,
+            device=device,
+            transformer_engine=transformer_engine,
         )
         self.host_weights: dict[ModelTag, Weights] = {}
         self.moved: set[ModelTag] = set()  # of those, what moved since it was loaded: a checkpoint holds it too
@@ -132,6 +137,7 @@ class MegatronBackend:
             checkpoint.read_optimizer(source.path, self.chunk.lm, self.optimizer)
         if not self.run.no_load_rng:
             checkpoint.read_rng(source.path)
+        self.run = continued(self.run, meta.schedule, self._total_steps())
         self.num_steps = meta.num_steps
         logger.info("loaded %s, %d optimizer steps", source.path, meta.num_steps)
         return meta
@@ -173,12 +179,16 @@ class MegatronBackend:
             write_hf_directory(
                 self.hf_tensors(), directory, assets=run.hf_checkpoint, is_writer=is_writer, is_durable=True
             )
-        with checkpoint.new_checkpoint(run.save, Meta(rollout_id, self.num_steps)) as folder:
+        meta = Meta(rollout_id, self.num_steps, schedule_of(run, self._total_steps()))
+        with checkpoint.new_checkpoint(run.save, meta) as folder:
             checkpoint.write(folder, self.chunk.lm, None if run.no_save_optim else self.optimizer)
             checkpoint.write_rng(folder)
             for tag in sorted(self.moved):
                 with self._weights_of(tag):
                     checkpoint.write(folder / tag, self.chunk.lm)
+
+    def finish_save(self) -> None:
+        """Saves are complete when they return."""
 
     def sleep(self) -> None:
         """Weights and optimizer to host memory; on a CPU they are there already. Gradients are given up."""

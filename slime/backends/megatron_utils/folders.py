@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TRACKER = "latest_checkpointed_iteration.txt"
 META = "meta.json"
@@ -16,10 +16,11 @@ class CheckpointError(ValueError):
 
 
 class Meta(NamedTuple):
-    """What slime says of a checkpoint of its own. num_steps: optimizer steps taken so far."""
+    """What slime says of a checkpoint of its own. num_steps: optimizer steps taken so far. schedule: `schedule_of`."""
 
     rollout_id: int
     num_steps: int
+    schedule: dict[str, Any]
 
 
 def find_checkpoint(root: str | None, step: int | None) -> Path | None:

@@ -12,28 +12,29 @@ from torch import Tensor
 
 from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.names import ParallelPlace
+from slime.config.run import RunConfig
 from slime.training.backend import ParallelLayout
 
 
-def open_groups(cfg: MegatronConfig, *, seed: int, timeout_minutes: int) -> ParallelLayout:
+def open_groups(cfg: MegatronConfig, run: RunConfig) -> ParallelLayout:
     """Make Megatron's process groups on the world of `torch.distributed`; those of an earlier model go."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=cfg.tensor_model_parallel_size,
         pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
-        context_parallel_size=cfg.context_parallel_size,
+        context_parallel_size=run.context_parallel_size,
         expert_model_parallel_size=cfg.expert_model_parallel_size,
         expert_tensor_parallel_size=cfg.expert_tensor_parallel_size or cfg.tensor_model_parallel_size,
-        distributed_timeout_minutes=timeout_minutes,
+        distributed_timeout_minutes=run.distributed_timeout_minutes,
     )
-    model_parallel_cuda_manual_seed(seed)
+    model_parallel_cuda_manual_seed(run.seed)
     return ParallelLayout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
-        context_size=cfg.context_parallel_size,
+        context_size=run.context_parallel_size,
     )
 
 

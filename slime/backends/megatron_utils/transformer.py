@@ -20,13 +20,20 @@ LONGEST = 2**31  # positions: rotary embeddings are made for the sequences that 
 
 
 def transformer_config(
-    shape: ModelShape, cfg: MegatronConfig, *, dtype: torch.dtype, device: torch.device, transformer_engine: bool
+    shape: ModelShape,
+    cfg: MegatronConfig,
+    *,
+    context_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    transformer_engine: bool,
 ) -> TransformerConfig:
     """What the layers are made from. Raises ValueError for a model that cannot be built here."""
     if shape.mla is not None:
         raise ValueError(f"--train-backend megatron cannot build {shape.family} models: multi-head latent attention")
     is_cuda = device.type == "cuda"
     fields: dict[str, Any] = {
+        "context_parallel_size": context_size,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -48,7 +55,6 @@ def _parallel(cfg: MegatronConfig) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": cfg.pipeline_model_parallel_size,
-        "context_parallel_size": cfg.context_parallel_size,
         "expert_model_parallel_size": cfg.expert_model_parallel_size,
         "expert_tensor_parallel_size": cfg.expert_tensor_parallel_size or tensor,
         "sequence_parallel": cfg.sequence_parallel,
