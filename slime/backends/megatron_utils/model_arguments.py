@@ -35,6 +35,7 @@ _DEFAULTS: dict[str, Any] = {  # of Megatron's parser, where a flag is not given
     "--moe-layer-freq": 1,
     "--rope-scaling-factor": 8.0,
 }
+_VOCABULARY = {"--make-vocab-size-divisible-by": 128, "--tensor-model-parallel-size": 1}
 # Fields of MLATransformerConfig with their defaults, for which Megatron's parser has no flags.
 _WITHOUT_FLAG = {"--original-max-position-embeddings": 4096, "--beta-fast": 32.0, "--beta-slow": 1.0}
 
@@ -207,6 +208,34 @@ def model_args_of_script(path: Path) -> list[str]:
     if not end:
         raise NameMapError(f"{path} has no MODEL_ARGS=( ... )")
     return shlex.split(body, comments=True)
+
+
+class Given:
+    """Model arguments that a user gave on a command line; none at all means that they are to be derived."""
+
+    def __init__(self, words: Sequence[str] = ()) -> None:
+        self.flags = given_flags(words)
+
+    @property
+    def not_compared(self) -> list[str]:
+        """Flags that config.json says nothing about."""
+        return [flag for flag in self.flags if flag not in _ALL_FACTS and flag not in _VOCABULARY]
+
+    def check(self, shape: ModelShape) -> None:
+        """Raise NameMapError where they differ from config.json."""
+        if self.flags:
+            check_given(shape, self.flags)
+
+    def stacks_layers(self, shape: ModelShape) -> bool:
+        """Whether Megatron-core stacks the layers in a checkpoint: not where --moe-layer-freq is a list."""
+        is_list = isinstance(_value_of(str(self.flags.get("--moe-layer-freq", 1))), list)
+        return not is_list and (shape.moe is None or shape.moe.num_dense_layers == 0)
+
+    @property
+    def vocabulary_divisor(self) -> int:
+        """Megatron pads the vocabulary to a multiple of it."""
+        divisor, ranks = (int(self.flags.get(flag, default)) for flag, default in _VOCABULARY.items())
+        return divisor * ranks
 
 
 def check_given(shape: ModelShape, given: Mapping[str, str | bool]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slime.backends.megatron_utils.convert.hf_to_torch_dist import TRACKER
 from slime.backends.megatron_utils.convert.torch_dist_file import TorchDistReader
-from slime.backends.megatron_utils.convert.torch_dist_keys import Slot, slots, stacks_layers
+from slime.backends.megatron_utils.convert.torch_dist_keys import Slot, slots
 from slime.backends.megatron_utils.convert.torch_format import Sharded, read_torch_format
 from slime.backends.megatron_utils.names import (
     HFDirectory,
@@ -52,12 +52,15 @@ def megatron_to_hf(
 
 def _checkpoint_folder(source: Path) -> Path:
     tracker = source / TRACKER
-    if not tracker.is_file():
-        if not source.is_dir():
-            raise FileNotFoundError(f"{source} does not exist")
-        return source
-    step = tracker.read_text().strip()
-    return source / (step if step == "release" else f"iter_{int(step):07d}")
+    folder = source
+    if tracker.is_file():
+        step = tracker.read_text().strip()
+        if step != "release" and not step.isdigit():
+            raise NameMapError(f"{tracker} must hold a step number or release, got {step!r}")
+        folder = source / (step if step == "release" else f"iter_{int(step):07d}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist")
+    return folder
 
 
 def _parameters(folder: Path, shape: ModelShape) -> Iterator[Sharded]:
@@ -78,7 +81,7 @@ def _from_torch_dist(reader: TorchDistReader, shape: ModelShape) -> Iterator[Sha
             continue
         there = [
             slot
-            for stacked in (stacks_layers(shape), not stacks_layers(shape))
+            for stacked in (True, False)
             for slot in slots(shape, parameter, stacked=stacked)
             if slot.key in reader.shapes
         ]
