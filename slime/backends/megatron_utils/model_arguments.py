@@ -34,6 +34,9 @@ _DEFAULTS: dict[str, Any] = {  # of Megatron's parser, where a flag is not given
     "--moe-router-score-function": "softmax",
     "--moe-layer-freq": 1,
     "--rope-scaling-factor": 8.0,
+    "--rotary-scaling-factor": 1.0,
+    "--mscale": 1.0,
+    "--mscale-all-dim": 0.0,
 }
 _VOCABULARY = {"--make-vocab-size-divisible-by": 128, "--tensor-model-parallel-size": 1}
 # Fields of MLATransformerConfig with their defaults, for which Megatron's parser has no flags.
@@ -260,6 +263,8 @@ def check_given(shape: ModelShape, given: Mapping[str, str | bool]) -> None:
 def _default(shape: ModelShape, flag: str) -> Any:
     if flag == "--kv-channels":
         return shape.hidden_size // shape.num_heads
+    if flag == "--rope-type":
+        return None if shape.mla is None else "yarn"
     return _WITHOUT_FLAG.get(flag, _DEFAULTS.get(flag))
 
 
