@@ -42,5 +42,6 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.quickstart_seeds
 	$(BIN)/python -m benchmarks.engine_cpu
 	$(BIN)/python -m benchmarks.step_cpu
+	$(BIN)/python -m benchmarks.save_cpu
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.rollout_modes

@@ -10,22 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slime.backends.fsdp_utils.arguments import FSDPConfig
+from slime.backends.fsdp_utils.arguments import FSDPConfig, check_context_parallel, check_packable
 from slime.backends.sglang_utils.arguments import (
     check_flags,
     find_sglang,
     known_flags,
+    overridden,
     tensor_parallel_size,
     value_of,
 )
 from slime.config.base import ConfigError, Group, flag_of
-from slime.config.flags import build_parser, check_value, read_config_file, settings_of, unknown_flag_error
+from slime.config.flags import as_tokens, build_parser, check_value, read_config_file, settings_of, unknown_flag_error
 from slime.config.model import check_model_directory, context_length, read_model_config
 from slime.config.run import GROUPS, RunConfig
+from slime.config.served_models import groups_of
 from slime.config.validate import resolve, with_context
 
 ALL_GROUPS: tuple[type[Group], ...] = (*GROUPS, FSDPConfig)
 SECRETS = frozenset({"wandb_key", "sglang_api_key"})  # never written down or sent to a tracker
+DERIVED = frozenset({"file_models", "sglang_model_routers"})  # what --sglang-config says, where the routers are
 PASS_THROUGH = {"--sglang-": "sglang_args", "--router-": "router_args"}
 
 
@@ -104,7 +107,7 @@ def _from_file(path: str) -> dict[str, Any]:
             values[key] = check_value(settings[key], value, source=f"--config {path}")
         elif prefix is not None:
             flag = "--" + flag_of(key).removeprefix(prefix)
-            values.setdefault(PASS_THROUGH[prefix], []).extend(_as_tokens(flag, value))
+            values.setdefault(PASS_THROUGH[prefix], []).extend(as_tokens(flag, value))
         else:
             raise ConfigError(f"--config {path}: {unknown_flag_error(key, settings)}")
     return values
@@ -123,15 +126,6 @@ def _from_custom_file(path: str, plugin_settings: dict[str, Any]) -> dict[str, A
     return {**values, "plugin_settings": {**plugin_settings, **values.get("plugin_settings", {}), **own}}
 
 
-def _as_tokens(flag: str, value: Any) -> list[str]:
-    """A key of a file as a command line has it: a switch that is off, or no value, is left out."""
-    if value is None or value is False:
-        return []
-    if value is True:
-        return [flag]
-    return [flag, *map(str, value if isinstance(value, list) else [value])]
-
-
 def _check_supported(args: Args) -> None:
     if args.train_backend == "megatron":
         raise ConfigError("--train-backend megatron is not available in this version: use --train-backend fsdp.")
@@ -139,6 +133,12 @@ def _check_supported(args: Args) -> None:
         _check_engine(args)
     _check_router_args(args.router_args)
     check_model_directory(args.hf_checkpoint, "--hf-checkpoint")
+    if args.train_backend == "fsdp":
+        model_config = read_model_config(args.hf_checkpoint)
+        check_packable(model_config)
+        check_context_parallel(args.context_parallel_size, args, model_config)
+    for model in args.file_models:
+        check_model_directory(model.model_path, f"--sglang-config: the model_path of {model.name}")
     if args.ref_load is not None and not Path(args.ref_load).is_dir():
         raise ConfigError(f"--ref-load: there is no directory {args.ref_load}.")
 
@@ -154,14 +154,23 @@ def _check_engine(args: Args) -> None:
         check_embedded_size(args)
     flags = [*(() if is_sglang else _embedded_flags()), *(known_flags(package) if package else ())]
     check_flags(args.sglang_args, flags, is_complete=package is not None)
-    tensor_parallel_size(args.sglang_args, args.rollout_num_gpus_per_engine)
+    if not args.file_models:
+        tensor_parallel_size(args.sglang_args, args.rollout_num_gpus_per_engine)
+    for model, group in groups_of(args.file_models):
+        try:
+            check_flags(list(map(flag_of, group.overrides)), flags, is_complete=package is not None)
+            tensor_parallel_size(overridden(args.sglang_args, group.overrides), group.num_gpus_per_engine)
+        except ConfigError as error:
+            raise ConfigError(f"--sglang-config: {args.sglang_config}: {model.name}: {error}") from error
 
 
 def check_embedded_size(args: Args) -> None:
     """Raise ConfigError where the embedded engine, which serves one slot, would have several, or a part of the work."""
-    if args.prefill_num_servers is not None:
-        raise ConfigError("--prefill-num-servers needs SGLang: give --rollout-engine sglang.")
-    size = args.rollout_num_gpus_per_engine
+    if any(model.is_disaggregated for model in args.served_models):
+        flag = "--sglang-config: worker_type prefill" if args.file_models else "--prefill-num-servers"
+        raise ConfigError(f"{flag} needs SGLang: give --rollout-engine sglang.")
+    groups = [group for _, group in groups_of(args.file_models) if group.num_engines]
+    size = max((group.num_gpus_per_engine for group in groups), default=args.rollout_num_gpus_per_engine)
     if size > 1:
         raise ConfigError(
             f"--rollout-num-gpus-per-engine {size}: the embedded engine serves one slot. Use 1 (more slots make more "
@@ -218,4 +227,4 @@ def _check_router_args(tokens: list[str]) -> None:
 
 def settings_as_dict(args: Args) -> dict[str, Any]:
     """All settings by name, as a config file would hold them, keys and passwords left out."""
-    return {name: value for name, value in dataclasses.asdict(args).items() if name not in SECRETS}
+    return {name: value for name, value in dataclasses.asdict(args).items() if name not in SECRETS | DERIVED}

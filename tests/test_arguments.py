@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 import yaml
 
 import slime
-from slime.arguments import ALL_GROUPS, Args, parse_args, settings_as_dict
+from slime.arguments import ALL_GROUPS, DERIVED, Args, parse_args, settings_as_dict
+from slime.backends.fsdp_utils.arguments import FSDPConfig
 from slime.config import ConfigError
-from slime.config.flags import Setting, build_parser, flag_of, reference_page, settings_of
+from slime.config.flags import INSTEAD, Setting, build_parser, flag_of, reference_page, settings_of
 
 SETTINGS = [setting for group in ALL_GROUPS for setting in settings_of(group)]
 
@@ -81,7 +83,7 @@ def test_every_switch_can_be_turned_on_and_off(setting: Setting) -> None:
 def test_args_hold_every_setting_once_and_no_other() -> None:
     names = [setting.name for setting in SETTINGS]
     assert len(names) == len(set(names))
-    assert {f.name for f in dataclasses.fields(Args)} == set(names)
+    assert {f.name for f in dataclasses.fields(Args)} == set(names) | DERIVED
 
 
 def _properties(path: Path) -> list[ast.AST]:
@@ -183,6 +185,14 @@ def test_flags_become_typed_settings(base: list[str]) -> None:
             ["--actor-num-gpus-per-node", "2", "--rollout-num-gpus-per-engine", "2"],
             "--rollout-num-gpus-per-engine 2: the embedded engine serves one slot",
         ),
+        (
+            ["--actor-num-gpus-per-node", "2", "--context-parallel-size", "2", "--attn-implementation", "sdpa"],
+            "--context-parallel-size 2 needs --attn-implementation packed, got 'sdpa'.",
+        ),
+        (
+            ["--actor-num-gpus-per-node", "3", "--context-parallel-size", "3"],
+            "--context-parallel-size 3 must divide the query heads of the model",
+        ),
         (["--train-backend", "megatron"], "--train-backend megatron is not available in this version"),
         (["--hf-checkpoint", "absent"], "--hf-checkpoint: there is no directory absent."),
         (["--hf-checkpoint", "."], "--hf-checkpoint: . has no config.json"),
@@ -226,6 +236,16 @@ def test_a_file_sets_what_flags_do_not(base: list[str], tmp_path: Path, suffix: 
     args = parse_args(["--config", str(path), *base])
     assert (args.lr, args.rollout_stop, args.kl_loss_type, args.rewards_normalization) == (1e-5, ["a"], "k2", False)
     assert args.num_rollout == 3, "flags win"
+
+
+def test_every_setting_of_fsdp_can_be_given_in_a_file(base: list[str], tmp_path: Path) -> None:
+    values = {setting.name: example(setting)[1] for setting in settings_of(FSDPConfig)} | {"bf16": False}
+    values |= {"fp16": True, "initial_loss_scale": 1024.0}
+    args = parse_args([*base, "--config", write(tmp_path / "fsdp.yaml", values)])
+    assert {name: getattr(args, name) for name in values} == values
+    assert any(values[setting.name] != setting.default for setting in settings_of(FSDPConfig))
+    with pytest.raises(ConfigError, match=r"fsdp.yaml: .*fsdp_cpu_ofload.* Did you mean fsdp_cpu_offload"):
+        parse_args([*base, "--config", write(tmp_path / "fsdp.yaml", {"fsdp_cpu_ofload": True})])
 
 
 def test_a_flag_wins_over_a_file_even_where_it_says_the_default(base: list[str], tmp_path: Path) -> None:
@@ -322,6 +342,13 @@ def test_the_context_is_the_engines_where_it_is_not_given(
     assert args.rollout_max_prompt_len == (31 if "--rollout-max-context-len" in flags else None)
 
 
+def test_a_model_whose_layers_would_mix_the_samples_of_a_pack_is_refused(model: Path, base: list[str]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"layer_types": ["full_attention", "linear_attention"]}))
+    with pytest.raises(ConfigError, match="layers of type linear_attention, which would mix the samples"):
+        parse_args(base)
+
+
 def test_a_config_json_that_is_no_json_is_named(model: Path, base: list[str]) -> None:
     (model / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
@@ -356,6 +383,45 @@ def test_a_file_passes_on_too_and_flags_come_after(base: list[str], tmp_path: Pa
     at = args.sglang_args.index("--cuda-graph-bs")
     assert args.sglang_args[at : at + 3] == ["--cuda-graph-bs", "1", "2"]
     assert "--enable-metrics" in args.sglang_args
+
+
+@pytest.mark.parametrize("flag", list(INSTEAD))
+def test_a_flag_of_other_versions_is_refused_with_what_to_do(base: list[str], flag: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"There is no setting {flag} here: {re.escape(INSTEAD[flag])}"):
+        parse_args([*base, flag])
+    key = flag[2:].replace("-", "_")
+    with pytest.raises(ConfigError, match=f"There is no setting {key} here"):
+        parse_args(["--config", write(tmp_path / "run.yaml", {key: 1}), *base])
+    known = {flag for setting in SETTINGS for flag in setting.flags}
+    named = re.findall(r"--[a-z][a-z-]+[a-z]", INSTEAD[flag])
+    assert {name for name in named if not name.startswith("--router")} <= known
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"mem_fraction_staic": 0.8}, "Did you mean --sglang-mem-fraction-static?"),
+        ({"tp_size": 2}, "--sglang-tp-size is set by slime: use --rollout-num-gpus-per-engine."),
+        ({"dp_size": 2, "enable_dp_attention": True}, "--sglang-dp-size 2 must divide"),
+    ],
+)
+def test_what_a_group_of_engines_overrides_is_checked(
+    base: list[str], tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    group = {"worker_type": "regular", "num_gpus": 1, "overrides": overrides}
+    path = write(tmp_path / "engines.yaml", {"sglang": [{"name": "actor", "server_groups": [group]}]})
+    with pytest.raises(ConfigError) as error:
+        parse_args([*base, "--sglang-config", path])
+    assert f"--sglang-config: {path}: actor: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_another_model_must_be_there(base: list[str], tmp_path: Path) -> None:
+    groups = [{"worker_type": "regular", "num_gpus": 1}]
+    judge = {"name": "judge", "model_path": "/gone", "server_groups": groups}
+    path = write(tmp_path / "engines.yaml", {"sglang": [{"name": "actor", "server_groups": groups}, judge]})
+    with pytest.raises(ConfigError, match="--sglang-config: the model_path of judge: there is no directory /gone"):
+        parse_args([*base, "--sglang-config", path, "--actor-num-gpus-per-node", "2"])
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.grpo [--shapes qwen3-0.6B] [--transports disk tensor] [--steps 5] [--flags ...]
 
 Each step samples 32 prompts x 8 answers of up to 1,024 tokens, computes old log-probs, takes one optimizer step and
-sends the weights. Weights are random, so answers run to the end, and rewards are random; medians leave out two steps.
-`weights` includes that the trainer goes to sleep and the engine's cache wakes up; `sending alone` does not. `rest` is
-what no phase covers. Flags after --flags go to slime as they are.
+sends the weights. Weights are random, so answers run to the end, and rewards are random; medians leave out the first
+two steps (--warm-up). `weights` includes that the trainer goes to sleep and the engine's cache wakes up; `sending
+alone` does not. `rest` is what no phase covers. Flags after --flags go to slime as they are.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["qwen3-0.6B"], choices=SHAPES)
     parser.add_argument("--transports", nargs="+", default=["disk", "tensor"])
     parser.add_argument("--response-len", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="that count")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps before them")
     parser.add_argument("--logs", type=Path, default=Path("runs/benchmark-grpo"))
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[])
     args = parser.parse_args()
@@ -72,8 +73,8 @@ def main() -> None:
             length = ["--rollout-max-response-len", str(args.response_len)]
             for transport in args.transports:
                 run_dir = args.logs / f"{shape}-{transport}"
-                start_s = run(model, prompts, transport, run_dir, args.steps + WARM_UP, [*length, *args.flags])
-                table.add_row(shape, transport, *measured(run_dir), f"{start_s:.0f}")
+                start_s = run(model, prompts, transport, run_dir, args.warm_up + args.steps, [*length, *args.flags])
+                table.add_row(shape, transport, *measured(read(run_dir)[args.warm_up :]), f"{start_s:.0f}")
                 Console(width=200).print(table)
 
 
@@ -104,9 +105,8 @@ def read(run_dir: Path) -> list[dict[str, float]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def measured(run_dir: Path) -> list[str]:
-    """The columns of one run."""
-    rows = read(run_dir)[WARM_UP:]
+def measured(rows: list[dict[str, float]]) -> list[str]:
+    """The columns of one run, from the metrics of its steps."""
     seconds = {name: median(row.get(key, 0.0) for row in rows) for name, key in PHASES.items()}
     seconds["train"] -= seconds["log-probs"]  # which are a part of it
     step = median(row["perf/step_time"] for row in rows)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slime.arguments import parse_args
-from slime.cli.quickstart import _held_out, _prepare, _write_settings, grpo_settings, sft_settings
+from slime.cli.quickstart import grpo_settings, held_out, new_directory, sft_settings, write_settings
 from slime.cli.quickstart_data import make_tiny_model, write_task
 from slime.driver import train
 
@@ -38,15 +38,15 @@ def main() -> None:
     for seed in args.seeds:
         start = time.monotonic()
         directory = args.output / f"seed-{seed}"
-        _prepare(directory)
+        new_directory(directory)
         files = write_task(directory / "data", seed)
         model = make_tiny_model(directory / "model", seed)
-        sft = _write_settings(directory / "sft.yaml", sft_settings(directory, files, model, seed))
+        sft = write_settings(directory / "sft.yaml", sft_settings(directory, files, model, seed))
         train(parse_args(["--config", str(sft)]))
-        grpo = _write_settings(directory / "grpo.yaml", grpo_settings(directory, files, seed))
+        grpo = write_settings(directory / "grpo.yaml", grpo_settings(directory, files, seed))
         flags = [*GPU, "--update-weight-transport", args.transport, *args.flags]
         run_dir = train(parse_args(["--config", str(grpo), *flags]))
-        before, after = _held_out(run_dir)
+        before, after = held_out(run_dir)
         gaps = log_prob_gaps(run_dir)
         seconds = time.monotonic() - start
         table.add_row(str(seed), f"{before:.3f}", f"{after:.3f}", f"{gaps[0]:.4f}", f"{gaps[-1]:.4f}", f"{seconds:.0f}")

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from slime.arguments import Args
-from slime.cli.memory_estimate import ModelSize, TrainingLoad, kv_bytes_per_token, trainer_memory
+from slime.cli.memory_estimate import (
+    Counts,
+    ModelSize,
+    TrainingLoad,
+    asleep_bytes,
+    kv_bytes_per_token,
+    training_peak,
+)
 from slime.cli.preflight import Findings
 from slime.config import ConfigError
 from slime.rollout.eval_data import samples_per_prompt
+from slime.weight_sync.folder import checkpoint_bytes
 
 _TYPICAL_PROMPT = 512  # tokens assumed of a prompt where nothing bounds it
 
@@ -27,7 +36,7 @@ class Section(NamedTuple):
 class MetaModel(NamedTuple):
     """The model that config.json describes, without its data."""
 
-    num_parameters: int
+    counts: Counts
     weight_bytes: int  # of one parameter in the checkpoint's dtype
 
 
@@ -53,12 +62,14 @@ def plan(args: Args, findings: Findings) -> Iterator[Section]:
     yield Section("data", list(_data(args, findings)))
     yield Section("batches", list(_batches(args, findings)))
     yield Section("model", list(_model(args, findings, model)))
-    yield Section("memory, roughly", list(_memory(args, findings, model)))
+    yield Section("memory, estimated", list(_memory(args, findings, model)))
     yield Section("folders", list(_folders(args)))
 
 
 def _slots(args: Args) -> Iterator[tuple[str, str]]:
     trainers = f"{args.num_trainers} ({args.actor_num_nodes} x {args.actor_num_gpus_per_node}), {args.train_backend}"
+    if args.context_parallel_size > 1:
+        trainers += f", {args.context_parallel_size} share the tokens of a sample"
     yield "trainers", "none (--debug-rollout-only)" if args.debug_rollout_only else trainers
     if args.needs_critic:
         yield (
@@ -68,12 +79,25 @@ def _slots(args: Args) -> Iterator[tuple[str, str]]:
     if args.debug_train_only:
         yield "engines", "none (--debug-train-only)"
         return
-    where = "in the trainers' slots, in turns" if args.colocate else "in slots of their own"
-    own = f"{args.num_engines} x {args.rollout_num_gpus_per_engine}, {args.rollout_engine}, {where}"
-    yield "engines", f"{args.num_engines}, external" if args.rollout_external_engine_addrs is not None else own
+    if args.rollout_external_engine_addrs is not None:
+        yield "engines", f"{args.num_engines}, external"
+    else:
+        yield from _engines(args)
+    own = "sglang-router, on a free port" + (", for each model" if args.file_models else "")
     external = f"external, {args.sglang_router_ip}:{args.sglang_router_port}"
-    yield "router", external if args.sglang_router_ip is not None else "sglang-router, on a free port"
+    yield "router", external if args.sglang_router_ip is not None else own
     yield "weights travel by", args.update_weight_transport
+
+
+def _engines(args: Args) -> Iterator[tuple[str, str]]:
+    where = "in the trainers' slots, in turns" if args.colocate else "in slots of their own"
+    for model in args.served_models:
+        groups = [group for group in model.groups if group.num_engines]
+        sizes = [(f"{group.num_engines} x {group.num_gpus_per_engine}", group.worker_type) for group in groups]
+        kinds = ", ".join(size if kind == "regular" else f"{size} ({kind})" for size, kind in sizes)
+        weights = "" if model.update_weights else f", weights of {model.model_path}"
+        name = f"engines of {model.name}" if args.file_models else "engines"
+        yield name, f"{kinds}, {args.rollout_engine}, {where}{weights}"
 
 
 def _data(args: Args, findings: Findings) -> Iterator[tuple[str, str]]:
@@ -99,7 +123,7 @@ def _batches(args: Args, findings: Findings) -> Iterator[tuple[str, str]]:
         passes = "" if math.isnan(epochs) else f", {epochs:.2f} passes over the prompts"
         yield "rollouts", f"{num_rollout}{passes}, {num_rollout * (args.num_steps_per_rollout or 1)} optimizer steps"
     if args.use_dynamic_batch_size:
-        yield "micro-batches", f"at most {args.max_tokens_per_gpu} tokens each"
+        yield "micro-batches", f"at most {(args.max_tokens_per_gpu or 0) * args.context_parallel_size} tokens each"
     else:
         yield "micro-batches", f"{args.micro_batch_size} samples each"
 
@@ -110,38 +134,76 @@ def _model(args: Args, findings: Findings, model: MetaModel) -> Iterator[tuple[s
     parts = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
     shape = ", ".join(f"{name} {config[name]}" for name in parts if name in config)
     yield "shape", f"{config.get('model_type', 'unknown')}: {shape}"
-    yield "parameters", f"{model.num_parameters:,}"
+    yield "parameters", f"{model.counts.num_parameters:,}"
 
 
 def _memory(args: Args, findings: Findings, model: MetaModel) -> Iterator[tuple[str, str]]:
     try:
-        size = ModelSize.from_config(findings.model.config, model.num_parameters)
+        size = ModelSize.from_config(findings.model.config, model.counts)
     except KeyError as error:
         yield "unknown", f"config.json has no {error}"
         return
-    parts = {name: value for name, value in trainer_memory(size, _training_load(args)).items() if value}
-    details = ", ".join(f"{name} {_gib(value)}" for name, value in parts.items())
-    yield "each trainer", f"{_gib(sum(parts.values()))}: {details}"
+    load = training_load(args)
+    if not args.debug_rollout_only:
+        parts = {name: value for name, value in training_peak(size, load).items() if value}
+        details = ", ".join(f"{name} {gib(value)}" for name, value in parts.items())
+        peak, total = sum(parts.values()), gpu_bytes()
+        yield "each trainer", f"{gib(peak)} at its peak: {details}"
+        if total is not None:
+            yield "a GPU of this machine", f"{gib(total)}, {peak / total:.0%} of it at a trainer's peak"
+        if args.offload_train:
+            yield "each trainer asleep", f"{gib(asleep_bytes(size, load))}, page-locked, on the host"
     if args.debug_train_only:
         return
-    weights = model.num_parameters * model.weight_bytes // args.rollout_num_gpus_per_engine
-    per_token = kv_bytes_per_token(size, model.weight_bytes)
-    yield "each engine slot", f"weights {_gib(weights)}, cache {per_token / 1024:,.1f} KiB a token"
+    sizes = {group.num_gpus_per_engine for group in args.policy.groups if group.num_engines}
+    weights = model.counts.num_parameters * model.weight_bytes // min(sizes, default=1)
+    yield (
+        "each engine slot",
+        f"weights {gib(weights)}, cache {kv_bytes_per_token(size, model.weight_bytes) / 1024:,.1f} KiB a token; "
+        "SGLang takes --sglang-mem-fraction-static of its GPU",
+    )
+    for other in (other for other in args.file_models if not other.update_weights):
+        smallest = min(group.num_gpus_per_engine for group in other.groups if group.num_engines)
+        yield f"each engine slot of {other.name}", f"weights {gib(checkpoint_bytes(other.model_path) // smallest)}"
+    if args.colocate and not args.debug_rollout_only:
+        both = asleep_bytes(size, load) + weights + 2 * args.update_weight_buffer_size
+        yield "while weights are sent", f"{gib(both)}: a trainer's, an engine's weights, two buckets"
 
 
-def _training_load(args: Args) -> TrainingLoad:
+def training_load(args: Args) -> TrainingLoad:
+    """What a rank of the actor holds at a time: packs and samples of the largest sizes that the settings allow."""
+    is_gpu = _has_gpus(args)
     sample_tokens = (args.rollout_max_prompt_len or _TYPICAL_PROMPT) + args.rollout_max_response_len
     if args.rollout_max_context_len is not None:
         sample_tokens = min(sample_tokens, args.rollout_max_context_len)
+    pack_tokens = args.max_tokens_per_gpu if args.use_dynamic_batch_size else None
+    tokens = pack_tokens or args.micro_batch_size * sample_tokens // args.context_parallel_size
     return TrainingLoad(
         num_ranks=args.num_trainers,
-        micro_batch_tokens=args.max_tokens_per_gpu or args.micro_batch_size * sample_tokens,
+        micro_batch_tokens=tokens,
         logit_chunk_tokens=args.log_probs_chunk_size,
-        compute_bytes=2 if args.bf16 else 4,
+        compute_bytes=2 if args.fp16 or (is_gpu if args.bf16 is None else args.bf16) else 4,
         num_frozen=sum((args.needs_reference, args.keep_old_actor, args.opd_teacher_load is not None)),
         num_critic_ranks=args.num_critics if args.needs_critic and not args.has_critic_slots else 0,
         recomputes=args.gradient_checkpointing,
+        is_compiled=is_gpu if args.torch_compile is None else args.torch_compile,
+        accumulates=(args.global_batch_size or 1) * sample_tokens > tokens * args.num_trainers,
     )
+
+
+def gpu_bytes() -> int | None:
+    """The memory of this machine's first GPU; None without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _has_gpus(args: Args) -> bool:
+    """Whether the run is for GPUs: as --device says, else those of this machine; a cluster that is joined has some."""
+    import torch
+
+    is_somewhere = torch.cuda.is_available() or "RAY_ADDRESS" in os.environ
+    return args.device == "cuda" or (args.device == "auto" and is_somewhere)
 
 
 def _folders(args: Args) -> Iterator[tuple[str, str]]:
@@ -174,8 +236,31 @@ def _meta_model(directory: str, findings: Findings, *, trust_remote_code: bool) 
                 f"{tuple(tensor.shape)}."
             )
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return MetaModel(sum(parameter.numel() for parameter in model.parameters()), dtype.itemsize)
+    return MetaModel(count(model), dtype.itemsize)
 
 
-def _gib(num_bytes: int) -> str:
+def count(lm: Any) -> Counts:
+    """What memory depends on and config.json does not say. lm: a causal LM of transformers, on any device."""
+    from slime.backends.fsdp_utils.model import decoder_layers
+
+    layers = decoder_layers(lm)
+    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    names = dict(layers[0].named_modules())
+    width = lm.config.get_text_config().hidden_size
+    norms = [name for name, module in names.items() if _is_norm(module, width)]
+    return Counts(
+        num_parameters=sum(parameter.numel() for parameter in lm.parameters()),
+        num_root=sum(parameter.numel() for parameter in lm.parameters() if id(parameter) not in in_layers),
+        num_norms=sum(not name.endswith(("q_norm", "k_norm")) for name in norms),
+        has_query_norms=any(name.endswith("q_norm") for name in names),
+    )
+
+
+def _is_norm(module: Any, width: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and tuple(weight.shape) == (width,)
+
+
+def gib(num_bytes: int) -> str:
+    """As GiB, or MiB where it is little."""
     return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 // 100 else f"{num_bytes / 2**20:,.2f} MiB"

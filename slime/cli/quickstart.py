@@ -97,22 +97,23 @@ def run(directory: Path, seed: int) -> Result:
     from slime.observability.report import write_report
 
     start = time.monotonic()
-    _prepare(directory)
+    new_directory(directory)
     files = write_task(directory / "data", seed)
     model = make_tiny_model(directory / "model", seed)
     print(f"warm start on {_count(files.sft)} demonstrations of a careless teacher")
-    sft = _write_settings(directory / "sft.yaml", sft_settings(directory, files, model, seed))
+    sft = write_settings(directory / "sft.yaml", sft_settings(directory, files, model, seed))
     train(parse_args(["--config", str(sft)]))
     print(f"GRPO on {_count(files.train)} prompts; {_count(files.eval)} are held out")
-    grpo = _write_settings(directory / "grpo.yaml", grpo_settings(directory, files, seed))
+    grpo = write_settings(directory / "grpo.yaml", grpo_settings(directory, files, seed))
     run_dir = train(parse_args(["--config", str(grpo)]))
     report = write_report(run_dir)
-    before, after = _held_out(run_dir)
+    before, after = held_out(run_dir)
     trained = _newest(directory / "grpo" / "hf")
     return Result(before, after, time.monotonic() - start, trained, report.html, report.png)
 
 
-def _prepare(directory: Path) -> None:
+def new_directory(directory: Path) -> None:
+    """An empty `directory`. Raises ConfigError where it holds what no quickstart left there."""
     marker = directory / ".quickstart"
     if directory.exists() and any(directory.iterdir()) and not marker.exists():
         raise ConfigError(f"--output {directory} holds other things. Name a new directory.")
@@ -150,7 +151,8 @@ def grpo_settings(directory: Path, files: TaskFiles, seed: int) -> dict[str, Any
     }
 
 
-def _write_settings(path: Path, settings: dict[str, Any]) -> Path:
+def write_settings(path: Path, settings: dict[str, Any]) -> Path:
+    """A file for --config."""
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     return path
 
@@ -164,7 +166,7 @@ def _newest(directory: Path) -> Path:
     return max(directory.iterdir(), key=lambda path: path.stat().st_mtime)
 
 
-def _held_out(run_dir: Path) -> tuple[float, float]:
+def held_out(run_dir: Path) -> tuple[float, float]:
     """The first and the last held-out accuracy of a run."""
     from slime.observability.tracking import read_metrics
 

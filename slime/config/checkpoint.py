@@ -21,6 +21,9 @@ class CheckpointConfig(Group):
     save: str | None = arg(None, "Checkpoint folder to write to.")
     save_interval: int | None = arg(None, "Rollouts between two checkpoints; the last rollout is saved too.")
     save_hf: str | None = arg(None, "At each save also write a Hugging Face directory here; {rollout_id} is filled in.")
+    async_save: bool = arg(
+        False, "Train on while a checkpoint is written, from a copy in host memory; the last is waited for at the end."
+    )
     no_save_optim: bool = arg(False, "Leave the optimizer out of checkpoints.")
     no_load_optim: bool = arg(False, "Do not load the optimizer.")
     no_load_rng: bool = arg(False, "Do not load the state of random numbers.")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from slime.config.base import Group, arg, check_not_negative, check_positive
+from slime.config.base import Group, arg, check, check_not_negative, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,9 @@ class ClusterConfig(Group):
     actor_num_gpus_per_node: int = arg(8, "Slots on each of these nodes: one trainer rank a slot.")
     critic_num_nodes: int | None = arg(None, "Nodes that train the critic (default: it shares the actor's slots).")
     critic_num_gpus_per_node: int | None = arg(None, "Slots on each of these nodes (default: as many as the actor's).")
+    context_parallel_size: int = arg(
+        1, "Neighbouring trainer ranks that share the tokens of each sample, --max-tokens-per-gpu on each of them."
+    )
     rollout_num_gpus: int | None = arg(None, "Slots for inference in all. With --colocate: the trainers' slots.")
     rollout_num_gpus_per_engine: int = arg(1, "Slots of one engine (its tensor-parallel size, over nodes if need be).")
     num_gpus_per_node: int | None = arg(None, "Slots of a node; no node is asked for more (default: what Ray finds).")
@@ -36,6 +39,7 @@ class ClusterConfig(Group):
     num_threads: int | None = arg(
         None, "CPU threads of each trainer and each engine (default: the node's cores over the number of either)."
     )
+    train_env_vars: dict[str, Any] = arg({}, "JSON: environment variables of the trainers' processes.")
     cluster_timeout_s: float = arg(120.0, "Deadline for the cluster to offer the slots asked for, in seconds.")
     engine_start_timeout_s: float = arg(600.0, "Deadline for engines and router to answer /health, in seconds.")
     trainer_start_timeout_s: float = arg(1800.0, "Deadline for trainers to load the model, in seconds.")
@@ -46,18 +50,25 @@ class ClusterConfig(Group):
 
     def __post_init__(self) -> None:
         check_positive(self, "actor_num_nodes", "actor_num_gpus_per_node")
-        check_positive(self, "critic_num_nodes", "critic_num_gpus_per_node")
+        check_positive(self, "critic_num_nodes", "critic_num_gpus_per_node", "context_parallel_size")
         check_not_negative(self, "rollout_num_gpus")
         check_positive(self, "rollout_num_gpus_per_engine", "num_gpus_per_node", "num_threads")
         check_positive(self, "distributed_timeout_minutes", "cluster_timeout_s", "engine_start_timeout_s")
         check_positive(self, "trainer_start_timeout_s", "rollout_timeout_s", "train_timeout_s")
         check_positive(self, "weight_sync_timeout_s", "shutdown_grace_s")
+        ill = [name for name, value in self.train_env_vars.items() if not isinstance(value, str | int | float)]
+        check(not ill, "train_env_vars", "names with texts or numbers", ", ".join(ill))
         super().__post_init__()
 
     @property
     def num_trainers(self) -> int:
         """Ranks of the actor in all."""
         return self.actor_num_nodes * self.actor_num_gpus_per_node
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Shares in which the actor's ranks split the samples of a step."""
+        return self.num_trainers // self.context_parallel_size
 
     @property
     def num_critics(self) -> int:

@@ -19,6 +19,28 @@ import yaml
 
 from slime.config.base import ConfigError, Group, flag_of
 
+_NO_BUFFER = "give a --rollout-function-path that asks your server"
+_NO_ROUTER_OF_OURS = "the router is sglang-router"
+# Flags that other versions of slime have: what to do here.
+INSTEAD = {
+    "--use-dynamic-global-batch-size": "drop it: the --num-steps-per-rollout steps share what a rollout brings",
+    "--disable-rollout-trim-samples": "drop it: no sample is left out",
+    "--rollout-external": "drop it: --rollout-external-engine-addrs says it",
+    "--use-distributed-post": "drop it: one asyncio client sends all requests",
+    "--http-proxy": "drop it: requests to router and engines go there directly",
+    "--model-name": "drop it: config.json of --hf-checkpoint says what the model is",
+    "--multimodal-keys": "drop it: prompts are text",
+    "--rollout-buffer-url": _NO_BUFFER,
+    "--fetch-trajectory-retry-times": _NO_BUFFER,
+    "--min-batch-collection-ratio": _NO_BUFFER,
+    "--rollout-task-type": _NO_BUFFER,
+    "--use-slime-router": f"drop it: {_NO_ROUTER_OF_OURS}; its flags are --router-X",
+    "--slime-router-middleware-paths": f"{_NO_ROUTER_OF_OURS}, which takes no middleware",
+    "--slime-router-timeout": f"{_NO_ROUTER_OF_OURS}: use --sglang-router-request-timeout-secs",
+    "--slime-router-max-connections": f"{_NO_ROUTER_OF_OURS}: use --router-max-concurrent-requests",
+    "--slime-router-health-check-failure-threshold": f"{_NO_ROUTER_OF_OURS}: use --router-health-failure-threshold",
+}
+
 
 class Setting(NamedTuple):
     """One field of a group, with its type taken apart."""
@@ -121,7 +143,10 @@ def _shown(value: Any) -> str:
 
 
 def unknown_flag_error(flag: str, known: Iterable[str]) -> ConfigError:
-    """The error for a flag or key that no group declares, with its nearest neighbour."""
+    """The error for a flag or key that no group declares, with what to use instead or its nearest neighbour."""
+    instead = INSTEAD.get(flag if flag.startswith("--") else flag_of(flag))
+    if instead is not None:
+        return ConfigError(f"There is no setting {flag} here: {instead}.")
     near = difflib.get_close_matches(flag, list(known), n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]}?" if near else " `slime train --help` lists all."
     return ConfigError(f"Unknown setting {flag}.{hint}")
@@ -164,6 +189,17 @@ def _check_item(setting: Setting, value: Any, source: str) -> Any:
     if setting.choices and value not in setting.choices:
         raise ConfigError(f"{source}: {setting.name} must be one of {', '.join(setting.choices)}, got {value!r}.")
     return value
+
+
+def as_tokens(flag: str, value: Any) -> list[str]:
+    """A key of a file as a command line has it: a switch that is off, or no value, is left out."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, dict):
+        return [flag, json.dumps(value)]
+    return [flag, *map(str, value if isinstance(value, list) else [value])]
 
 
 def reference_page(groups: Iterable[type[Group]]) -> str:

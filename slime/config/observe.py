@@ -42,6 +42,20 @@ class ObserveConfig(Group):
     log_reward_category: str | None = arg(
         None, "Key of the reward dict that says why: shares of its values are logged, as rollout/error_cat/VALUE."
     )
+    ci_test: bool = arg(
+        False,
+        "Stop with an error where a number of the run is wrong: the KL of the first step must be 0, and as below.",
+    )
+    ci_disable_kl_checker: bool = arg(False, "Leave the KL of the first step out.")
+    ci_train_rollout_logprob_abs_diff_threshold: float = arg(
+        0.1, "Largest mean difference of log-probs between trainer and engine, in every step."
+    )
+    ci_save_grad_norm: str | None = arg(
+        None, "Write the gradient norm to this file, as JSON; {rollout_id} is filled in."
+    )
+    ci_load_grad_norm: str | None = arg(None, "Compare it with what another run wrote there; 1% may differ.")
+    ci_metric_checker_key: str | None = arg(None, "A metric, such as eval/NAME, that must once have reached ...")
+    ci_metric_checker_threshold: float | None = arg(None, "... this value when the run ends.")
     use_tensorboard: bool = arg(False, "Write TensorBoard events.")
     tb_project_name: str | None = arg(None, "Folder of the events (default: RUN_DIR/tensorboard).")
     tb_experiment_name: str | None = arg(None, "Folder below it.")
@@ -63,6 +77,10 @@ class ObserveConfig(Group):
         check_template(self, "save_debug_rollout_data", "rollout_id")
         check_template(self, "load_debug_rollout_data", "rollout_id")
         check_template(self, "save_debug_train_data", "rollout_id", "rank")
+        check_template(self, "ci_save_grad_norm", "rollout_id")
+        check_template(self, "ci_load_grad_norm", "rollout_id")
+        threshold = self.ci_train_rollout_logprob_abs_diff_threshold
+        check(threshold > 0, "ci_train_rollout_logprob_abs_diff_threshold", "above 0", threshold)
         share = self.load_debug_rollout_data_subsample
         check(share is None or 0 < share <= 1, "load_debug_rollout_data_subsample", "above 0 and at most 1", share)
         super().__post_init__()

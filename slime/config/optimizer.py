@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,11 @@ class OptimizerConfig(Group):
         512, "Tokens whose logits are held at once; memory is this x vocabulary x 10 bytes."
     )
     optimizer: Literal["adam"] = arg("adam", "AdamW.")
+    only_train_params_name_list: list[str] | None = arg(
+        None, "Regular expressions: of the actor's parameters train those in whose name one is found."
+    )
+    freeze_params_name_list: list[str] | None = arg(None, "Likewise: train all but those.")
+    reset_optimizer_states: bool = arg(False, "Moments and step counts of AdamW start anew with each rollout.")
     lr: float = arg(1e-6, "Learning rate.")
     min_lr: float = arg(0.0, "The schedule's lowest learning rate.")
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = arg(
@@ -35,6 +41,14 @@ class OptimizerConfig(Group):
     lr_wsd_decay_iters: int | None = arg(None, "Steps of the final decay of WSD.")
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = arg(
         "exponential", "Shape of that decay."
+    )
+    use_checkpoint_lr_scheduler: bool = arg(
+        False, "A run that continues keeps the learning-rate schedule of its checkpoint, whatever the settings say."
+    )
+    override_lr_scheduler: bool = arg(
+        False,
+        "A run that continues follows the settings' schedule, as it does anyway; without a warning where that is new.",
+        alias="--override-opt-param-scheduler",
     )
     weight_decay: float = arg(0.0, "Decoupled weight decay, on matrices only.")
     adam_beta1: float = arg(0.9, "Decay of the first moment.")
@@ -59,6 +73,29 @@ class OptimizerConfig(Group):
             fraction,
         )
         check(self.min_lr <= self.lr, "min_lr", f"at most --lr {self.lr}", self.min_lr)
+        for name in ("only_train_params_name_list", "freeze_params_name_list"):
+            for pattern in getattr(self, name) or []:
+                check(_is_pattern(pattern), name, "regular expressions", pattern)
+        check(
+            self.only_train_params_name_list is None or self.freeze_params_name_list is None,
+            "freeze_params_name_list",
+            "left out where --only-train-params-name-list is given",
+            self.freeze_params_name_list,
+        )
+        check(
+            not (self.use_checkpoint_lr_scheduler and self.override_lr_scheduler),
+            "override_lr_scheduler",
+            "left out with --use-checkpoint-lr-scheduler",
+            self.override_lr_scheduler,
+        )
         for name in ("adam_beta1", "adam_beta2"):
             check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
         super().__post_init__()
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True

@@ -24,6 +24,9 @@ class RolloutConfig(Group):
     prefill_num_servers: int | None = arg(
         None, "Engines that compute prompts only; the others take them over and decode (SGLang's PD disaggregation)."
     )
+    sglang_config: str | None = arg(
+        None, "YAML file of several models and groups of engines, each with SGLang settings of its own."
+    )
     rollout_external_engine_addrs: list[str] | None = arg(
         None, "HOST:PORT of engines that somebody else has started: given weights and requests, never ended."
     )
@@ -93,10 +96,11 @@ class RolloutConfig(Group):
     sglang_api_key: str | None = arg(None, "Key that engines ask for (default: none on one node, else a random one).")
     sglang_args: list[str] = arg([], "Engine flags that came as --sglang-X, passed on without the prefix.")
     router_args: list[str] = arg([], "Router flags that came as --router-X, passed on without the prefix.")
-    update_weight_transport: Literal["auto", "disk", "tensor"] = arg(
+    update_weight_transport: Literal["auto", "disk", "tensor", "distributed", "nccl"] = arg(
         "auto",
-        "How weights reach the engines: files, or memory of the GPUs that both use (auto: such memory for SGLang with "
-        "one GPU an engine, else files).",
+        "How weights reach the engines: files, memory of the GPUs that both use, or a broadcast, also called nccl "
+        "(auto, with SGLang on GPUs: such memory with --colocate and one GPU an engine, a broadcast to engines that "
+        "slime starts on other GPUs; else files).",
     )
     update_weight_disk_dir: str | None = arg(
         None, "Where the disk transport writes (default: the memory file system on one node, else the run directory)."
@@ -104,6 +108,11 @@ class RolloutConfig(Group):
     update_weight_buffer_size: int = arg(512 * 2**20, "Bytes gathered at once when weights are sent or exported.")
     check_weight_update_equal: bool = arg(False, "After each update compare checksums of all tensors on both sides.")
     update_weights_interval: int = arg(1, "Rollouts between two weight updates; more than 1 with train_async.py only.")
+    true_on_policy_mode: bool = arg(
+        False,
+        "Train on nothing but what the current policy sampled: one optimizer step a rollout, and the run stops at a "
+        "sample of other weights. Engines may still round differently: see train/train_rollout_logprob_abs_diff.",
+    )
     max_weight_staleness: int | None = arg(
         None,
         "Versions by which the weights that sampled may be older than those that train (default: no bound; fully "
@@ -115,6 +124,9 @@ class RolloutConfig(Group):
     use_fault_tolerance: bool = arg(True, "Restart engines and router that die or hang.")
     rollout_health_check_interval: float = arg(5.0, "Seconds between two looks at each engine and the router.")
     rollout_health_check_timeout: float = arg(30.0, "Seconds for an answer before an engine counts as hanging.")
+    rollout_health_check_first_wait: float = arg(
+        0.0, "Seconds after an engine's start in which it may hang, to compile say; its end is noticed at once."
+    )
     max_engine_restarts: int = arg(10, "Restarts of engines and router in all before the run stops.")
 
     def __post_init__(self) -> None:
@@ -125,6 +137,7 @@ class RolloutConfig(Group):
         check_positive(self, "agent_timeout_s", "rollout_health_check_interval", "rollout_health_check_timeout")
         check_not_negative(self, "start_rollout_id", "max_engine_restarts", "rollout_seed", "max_weight_staleness")
         check_positive(self, "update_weights_interval", "prefill_num_servers")
+        check_not_negative(self, "rollout_health_check_first_wait")
         check(0 < self.rollout_top_p <= 1, "rollout_top_p", "above 0 and at most 1", self.rollout_top_p)
         check(self.rollout_top_k == -1 or self.rollout_top_k > 0, "rollout_top_k", "-1 or above 0", self.rollout_top_k)
         own = {item.name for item in fields(self)} | set(dir(type(self)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from slime.config.observe import ObserveConfig
 from slime.config.optimizer import OptimizerConfig
 from slime.config.reward import RewardConfig
 from slime.config.rollout import RolloutConfig
+from slime.config.served_models import POLICY, ServedModel, ServerGroup
 
 GROUPS: tuple[type[Group], ...] = (
     ClusterConfig,
@@ -42,14 +43,46 @@ class RunConfig(
     EvaluateConfig,
     ObserveConfig,
 ):
-    """One flat, frozen object of all settings; it is each of its groups."""
+    """One flat, frozen object of all settings; it is each of its groups.
+
+    file_models: what --sglang-config says. sglang_model_routers: host and port of each model's router, by its name,
+    once the run has started. Neither is a flag.
+    """
+
+    file_models: tuple[ServedModel, ...] = ()
+    sglang_model_routers: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    @property
+    def served_models(self) -> tuple[ServedModel, ...]:
+        """What engines serve, in the order of their slots: the models of --sglang-config, else the policy alone."""
+        return self.file_models or (self._policy_of_flags(),)
+
+    @property
+    def policy(self) -> ServedModel:
+        """The model that is trained."""
+        return next(model for model in self.served_models if model.update_weights)
+
+    def _policy_of_flags(self) -> ServedModel:
+        size = self.rollout_num_gpus_per_engine
+        num_prefill_gpus = (self.prefill_num_servers or 0) * size
+        num_others = (self.rollout_num_gpus or 0) - num_prefill_gpus
+        others = ServerGroup("regular" if self.prefill_num_servers is None else "decode", num_others, size)
+        prefill = [ServerGroup("prefill", num_prefill_gpus, size)] if num_prefill_gpus else []
+        return ServedModel(POLICY, self.hf_checkpoint, update_weights=True, groups=(*prefill, others))
 
     @property
     def num_engines(self) -> int:
-        """Engines that sample."""
+        """Engines that sample from the policy."""
         if self.rollout_external_engine_addrs is not None:
             return len(self.rollout_external_engine_addrs)
-        return (self.rollout_num_gpus or 0) // self.rollout_num_gpus_per_engine
+        return self.policy.num_engines
+
+    @property
+    def policy_engine_size(self) -> int | None:
+        """Slots of each engine where all serve the policy and fill all slots in order; None where they do not."""
+        sizes = {group.num_gpus_per_engine for group in self.policy.groups}
+        has_gaps = any(group.worker_type == "placeholder" for group in self.policy.groups)
+        return None if has_gaps or len(sizes) > 1 or len(self.served_models) > 1 else sizes.pop()
 
 
 RunT = TypeVar("RunT", bound=RunConfig)
@@ -64,6 +97,7 @@ def critic_settings(config: RunT) -> RunT:
         ckpt_step=config.ckpt_step if config.critic_load is None else None,
         save=save,
         save_hf=None,
+        async_save=False,  # complete before the actor's, whose tracker makes both count
         lr=config.lr if config.critic_lr is None else config.critic_lr,
         min_lr=0.0 if config.critic_lr is not None else config.min_lr,
         lr_warmup_iters=config.critic_lr_warmup_iters,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slime.config.base import ConfigError
+from slime.config.base import ConfigError, flag_of
 from slime.config.rollout import DEFAULT_ROLLOUT_FUNCTION, FULLY_ASYNC_ROLLOUT_FUNCTION
 from slime.config.run import RunConfig
+from slime.config.served_models import ServedModel, groups_of, read_served_models
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ RunT = TypeVar("RunT", bound=RunConfig)
 
 def resolve(config: RunT) -> RunT:
     """`config` with every derived setting filled in. Raises ConfigError where settings contradict each other."""
-    for rule in (_debug, _cluster, _checkpoint, _batch, _algorithm, _rollout, _evaluate):
+    for rule in (_debug, _ci, _cluster, _checkpoint, _batch, _algorithm, _rollout, _evaluate):
         config = replace(config, **rule(config))
     return config
 
@@ -72,10 +74,24 @@ def _debug(config: RunConfig) -> dict[str, Any]:
     return changes
 
 
+def _ci(config: RunConfig) -> dict[str, Any]:
+    needing = ("ci_disable_kl_checker", "ci_save_grad_norm", "ci_load_grad_norm", "ci_metric_checker_key")
+    given = [name for name in needing if getattr(config, name)]
+    _require(config.ci_test or not given, f"{', '.join(map(flag_of, given))}: has no effect without --ci-test: add it.")
+    _require(
+        (config.ci_metric_checker_key is None) == (config.ci_metric_checker_threshold is None),
+        "--ci-metric-checker-key and --ci-metric-checker-threshold go together.",
+    )
+    return {}
+
+
 def _cluster(config: RunConfig) -> dict[str, Any]:
     external = config.rollout_external_engine_addrs
+    models = _file_models(config)
     if config.debug_train_only:
         num_slots = 0
+    elif models:
+        num_slots = _slots_of(models, config)
     elif external is not None:
         _external_engines(config, external)
         num_slots = 0
@@ -92,18 +108,58 @@ def _cluster(config: RunConfig) -> dict[str, Any]:
         f"{config.num_gpus_per_node}.",
     )
     _require(
-        num_slots % config.rollout_num_gpus_per_engine == 0,
+        bool(models) or num_slots % config.rollout_num_gpus_per_engine == 0,
         f"--rollout-num-gpus-per-engine {config.rollout_num_gpus_per_engine} must divide the {num_slots} engine slots.",
     )
     _require(
         config.colocate or not (config.offload or config.offload_train or config.offload_rollout),
         "--offload, --offload-train and --offload-rollout need --colocate: otherwise nobody else wants the memory.",
     )
+    trainers = {} if config.debug_rollout_only else {"trainer": config.num_trainers}
+    for role, num_ranks in (trainers | ({"critic": config.num_critics} if config.needs_critic else {})).items():
+        _require(
+            num_ranks % config.context_parallel_size == 0,
+            f"--context-parallel-size {config.context_parallel_size} must divide the {num_ranks} {role} ranks.",
+        )
     return {
+        "file_models": models,
         "rollout_num_gpus": num_slots,
         "offload_train": config.colocate if config.offload_train is None else config.offload_train,
         "offload_rollout": config.colocate if config.offload_rollout is None else config.offload_rollout,
     }
+
+
+def _file_models(config: RunConfig) -> tuple[ServedModel, ...]:
+    """The models of --sglang-config; none without it, or without engines."""
+    if config.sglang_config is None or config.debug_train_only:
+        return ()
+    others = {
+        "--prefill-num-servers": config.prefill_num_servers,
+        "--rollout-external-engine-addrs": config.rollout_external_engine_addrs,
+        "--sglang-router-ip": config.sglang_router_ip,
+    }
+    given = [flag for flag, value in others.items() if value is not None]
+    names = ", ".join(given)
+    _require(not given, f"--sglang-config names all engines, and starts a router for each model: drop {names}.")
+    return read_served_models(
+        config.sglang_config,
+        checkpoint=config.hf_checkpoint,
+        num_gpus_per_engine=config.rollout_num_gpus_per_engine,
+    )
+
+
+def _slots_of(models: Sequence[ServedModel], config: RunConfig) -> int:
+    """Slots of all groups: those of the trainers with --colocate, else those of --rollout-num-gpus where given."""
+    num_slots = sum(group.num_gpus for _, group in groups_of(models))
+    wanted, flag = config.rollout_num_gpus, "--rollout-num-gpus"
+    if config.colocate:
+        wanted, flag = config.num_trainers, "the trainers' slots (--colocate)"
+    _require(
+        wanted in (None, num_slots),
+        f"--sglang-config: {config.sglang_config}: its groups have {num_slots} slots in all, {flag} {wanted}: they "
+        "must be equal; a group of worker_type placeholder takes slots without engines.",
+    )
+    return num_slots
 
 
 def _external_engines(config: RunConfig, addresses: list[str]) -> None:
@@ -128,6 +184,7 @@ def _external_engines(config: RunConfig, addresses: list[str]) -> None:
 
 def _checkpoint(config: RunConfig) -> dict[str, Any]:
     _require(config.save_hf is None or config.save is not None, "--save-hf needs --save: both are written together.")
+    _require(not config.async_save or config.save is not None, "--async-save needs --save: a folder to write to.")
     _require(
         config.save_interval is None or config.save is not None, "--save-interval needs --save: a folder to write to."
     )
@@ -180,8 +237,9 @@ def _batch(config: RunConfig) -> dict[str, Any]:
         f"--n-samples-per-prompt {config.n_samples_per_prompt} = {num_samples}.",
     )
     _require(
-        global_batch_size >= config.num_trainers or config.debug_rollout_only,
-        f"--global-batch-size {global_batch_size} is smaller than the {config.num_trainers} trainer ranks.",
+        global_batch_size >= config.num_data_ranks or config.debug_rollout_only,
+        f"--global-batch-size {global_batch_size} is smaller than the {config.num_data_ranks} trainer ranks that share "
+        "it.",
     )
     return {
         "global_batch_size": global_batch_size,
@@ -309,6 +367,17 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         "--update-weight-transport tensor is memory that every engine shares with a trainer of the policy: add "
         "--colocate, without slots of a critic's own, or use disk.",
     )
+    transport = "distributed" if config.update_weight_transport == "nccl" else config.update_weight_transport
+    _require(
+        transport != "distributed" or not config.colocate,
+        "--update-weight-transport distributed is a broadcast to other GPUs than the trainers': drop --colocate, or "
+        "use tensor or disk.",
+    )
+    _require(
+        config.update_weight_transport != "tensor" or config.debug_train_only or config.policy_engine_size is not None,
+        "--update-weight-transport tensor needs engines of the policy alone, all of one size, on all slots: change "
+        "--sglang-config, or use disk.",
+    )
     _require(
         config.prefill_num_servers is None or config.prefill_num_servers < config.num_engines,
         f"--prefill-num-servers {config.prefill_num_servers} must leave engines that decode; there are "
@@ -324,6 +393,8 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
     )
     if config.rollout_function_path == FULLY_ASYNC_ROLLOUT_FUNCTION:
         _fully_async(config)
+    if config.true_on_policy_mode:
+        _true_on_policy(config)
     max_prompt_len, context = config.rollout_max_prompt_len, config.rollout_max_context_len
     if max_prompt_len is None and context is not None:
         max_prompt_len = max(1, context - 1)
@@ -332,6 +403,7 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
     return {
         "rollout_max_prompt_len": max_prompt_len,
         "over_sampling_batch_size": _over_sampling(config),
+        "update_weight_transport": transport,
         "custom_generate_function_path": generate,
     }
 
@@ -350,6 +422,21 @@ def _fully_async(config: RunConfig) -> None:
         f"{function} keeps every group and ends none: drop --dynamic-sampling-filter-path, --partial-rollout and "
         "--over-sampling-batch-size, or use the default --rollout-function-path.",
     )
+
+
+def _true_on_policy(config: RunConfig) -> None:
+    """Refuse what brings samples of other weights than those that are trained."""
+    others = {
+        "--debug-train-only has no engines": config.debug_train_only,
+        "--debug-rollout-only trains nothing": config.debug_rollout_only,
+        "--loss-type sft_loss has no samples of the policy": config.loss_type == "sft_loss",
+        "--partial-rollout goes on with what earlier weights began": config.partial_rollout,
+        "fully asynchronous rollouts are sampled ahead": config.rollout_function_path == FULLY_ASYNC_ROLLOUT_FUNCTION,
+        f"of {config.num_steps_per_rollout} optimizer steps a rollout (--num-steps-per-rollout, --global-batch-size) "
+        "the second trains a policy that did not sample": config.num_steps_per_rollout != 1,
+    }
+    given = [what for what, is_given in others.items() if is_given]
+    _require(not given, f"--true-on-policy-mode: {' and '.join(given)}: change that, or drop --true-on-policy-mode.")
 
 
 def _over_sampling(config: RunConfig) -> int:
@@ -421,6 +508,10 @@ def check_loop(config: RunConfig, *, is_async: bool) -> None:
         not (is_async and config.colocate and not config.debug_rollout_only),
         "train_async.py samples while trainers train: give engines slots of their own (--rollout-num-gpus) and drop "
         "--colocate.",
+    )
+    _require(
+        not (is_async and config.true_on_policy_mode),
+        "--true-on-policy-mode: train_async.py samples one rollout ahead of training. Use train.py.",
     )
     is_ahead = is_async or config.rollout_function_path == FULLY_ASYNC_ROLLOUT_FUNCTION
     _require(

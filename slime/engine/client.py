@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from slime.utils.http_utils import HTTPError, get, post
 
@@ -16,6 +16,24 @@ CHECKSUM_S = 600.0  # for checksums of all weights, which large models take long
 
 class EngineError(RuntimeError):
     """The engine answered, and the answer was that it did not work."""
+
+
+class UpdateGroupAddress(NamedTuple):
+    """Where the members of a process group meet, and how many they are. backend: nccl or gloo."""
+
+    name: str
+    host: str
+    port: int
+    world_size: int
+    backend: str
+
+
+class TensorShape(NamedTuple):
+    """A tensor without its data. dtype: such as "bfloat16"."""
+
+    name: str
+    dtype: str
+    shape: list[int]
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,45 @@ class EngineClient:
         end = {"flush_cache": version is not None} | ({} if version is None else {"weight_version": str(version)})
         await self._call("update_weights_from_tensor", payload | end, timeout_s=timeout_s)
 
+    async def server_info(self) -> dict[str, Any]:
+        """Its settings, among them `tp_size`, and `startup_time`, which no two starts share."""
+        info: dict[str, Any] = await get(f"{self.url}/server_info", timeout_s=self.timeout_s, headers=self._headers())
+        return info
+
+    async def join_update_group(self, group: UpdateGroupAddress, *, rank: int, timeout_s: float) -> None:
+        """Join a process group with trainers as `rank` and, for an engine of several parts, the ranks after it."""
+        payload = {
+            "master_address": group.host,
+            "master_port": group.port,
+            "rank_offset": rank,
+            "world_size": group.world_size,
+            "group_name": group.name,
+            "backend": group.backend,
+        }
+        await self._call("init_weights_update_group", payload, timeout_s=timeout_s, retry_for_s=0.0)
+
+    async def update_weights_from_distributed(
+        self, group_name: str, tensors: list[TensorShape], *, version: int | None, timeout_s: float
+    ) -> None:
+        """Take one bucket that rank 0 of a group broadcasts, the tensors end to end; version: with the last bucket.
+
+        The last one also forgets all cached prefixes. Never repeated: the engine would wait for a second broadcast.
+        """
+        payload = {
+            "names": [tensor.name for tensor in tensors],
+            "dtypes": [tensor.dtype for tensor in tensors],
+            "shapes": [tensor.shape for tensor in tensors],
+            "group_name": group_name,
+            "load_format": "flattened_bucket",
+        }
+        end = {"flush_cache": version is not None} | ({} if version is None else {"weight_version": str(version)})
+        await self._call("update_weights_from_distributed", payload | end, timeout_s=timeout_s, retry_for_s=0.0)
+
+    async def leave_update_group(self, group_name: str, *, timeout_s: float) -> None:
+        """Leave a process group, also in the middle of a broadcast."""
+        payload = {"group_name": group_name}
+        await self._call("destroy_weights_update_group", payload, timeout_s=timeout_s, retry_for_s=0.0)
+
     async def release_memory(self, tags: list[str]) -> None:
         """Give up the memory of "weights" and, or, "kv_cache"."""
         if self.is_sglang:
@@ -113,10 +170,12 @@ class EngineClient:
         checksums: dict[str, str] = answer["checksums"]
         return checksums
 
-    async def _call(self, path: str, payload: dict[str, Any], *, timeout_s: float | None = None) -> Any:
+    async def _call(
+        self, path: str, payload: dict[str, Any], *, timeout_s: float | None = None, retry_for_s: float = 5.0
+    ) -> Any:
         url = f"{self.url}/{path}"
         answer = await post(
-            url, payload, timeout_s=timeout_s or self.timeout_s, retry_for_s=5.0, headers=self._headers()
+            url, payload, timeout_s=timeout_s or self.timeout_s, retry_for_s=retry_for_s, headers=self._headers()
         )
         if isinstance(answer, dict) and answer.get("success") is False:
             raise EngineError(f"{url}: {answer.get('message', answer)}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 Role = Literal["regular", "prefill", "decode"]
 
@@ -15,7 +16,8 @@ HOST, PORT, HEAD = "{host}", "{port}", "{head}"
 class EngineSpec:
     """What one engine is to serve, and with what. index: its place among the engines. num_slots: on all its nodes.
 
-    bootstrap_port: where a prefill engine meets those that decode.
+    bootstrap_port: where a prefill engine meets those that decode. is_frozen: it keeps the weights of model_path,
+    and its own context. overrides: settings of the engine by name, which win over those of all engines.
     """
 
     index: int
@@ -27,6 +29,8 @@ class EngineSpec:
     num_nodes: int = 1
     role: Role = "regular"
     bootstrap_port: int | None = None
+    is_frozen: bool = False
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 class EngineCommand(NamedTuple):

@@ -6,10 +6,12 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 from slime.arguments import Args, check_embedded_size
-from slime.backends.sglang_utils.arguments import find_sglang
+from slime.backends.sglang_utils.arguments import find_sglang, overridden, tensor_parallel_size
 from slime.backends.sglang_utils.command import sglang_commands
+from slime.config.served_models import ServerGroup
 from slime.engine.client import EngineClient
 from slime.engine.spec import HOST, PORT, EngineCommand, EngineSpec
 
@@ -28,6 +30,28 @@ def resolve_engine(args: Args, device: str) -> Args:
     if args.rollout_engine == "embedded":
         check_embedded_size(args)
     return args
+
+
+def transport_kind(args: Args, device: str) -> Literal["disk", "tensor", "distributed"]:
+    """How weights reach the engines. device: the trainers', "cuda" or "cpu". Raises ValueError."""
+    kind = args.update_weight_transport
+    assert kind != "nccl", "settings are resolved"
+    if kind == "tensor" and device != "cuda":
+        raise ValueError("--update-weight-transport tensor shares memory of GPUs, and there is none: use disk")
+    if kind != "auto":
+        return kind
+    if device != "cuda" or args.rollout_engine != "sglang" or args.rollout_external_engine_addrs is not None:
+        return "disk"
+    if args.colocate:
+        all_share = not args.has_critic_slots  # else some engine has no trainer of the policy on its GPU
+        return "tensor" if all_share and args.policy_engine_size == 1 else "disk"
+    return "distributed" if all(_has_one_stage(args, group) for group in args.policy.groups) else "disk"
+
+
+def _has_one_stage(args: Args, group: ServerGroup) -> bool:
+    """Whether engines of a group are split by tensors alone."""
+    size = group.num_gpus_per_engine
+    return tensor_parallel_size(overridden(args.sglang_args, group.overrides), size) == size
 
 
 def engine_commands(args: Args, spec: EngineSpec) -> list[EngineCommand]:
@@ -51,13 +75,14 @@ def _embedded(args: Args, spec: EngineSpec) -> list[EngineCommand]:
         "--num-threads": str(spec.num_threads),
         "--random-seed": str(args.rollout_seed),
     }
-    if args.rollout_max_context_len is not None:
+    if args.rollout_max_context_len is not None and not spec.is_frozen:
         settings["--context-length"] = str(args.rollout_max_context_len)
     if args.sglang_api_key is not None:
         settings["--api-key"] = args.sglang_api_key
     flags = [part for item in settings.items() for part in item]
     flags += ["--trust-remote-code"] if args.trust_remote_code else []
-    command = [sys.executable, "-m", "slime.engine.embedded.server", *flags, *_known_to_embedded(args.sglang_args)]
+    user_flags = overridden(args.sglang_args, spec.overrides)
+    command = [sys.executable, "-m", "slime.engine.embedded.server", *flags, *_known_to_embedded(user_flags)]
     return [EngineCommand(command, {})]
 
 
@@ -85,8 +110,11 @@ _COMMANDS: dict[str, Callable[[Args, EngineSpec], list[EngineCommand]]] = {
 }
 
 
-def router_command(args: Args, *, host: str, port: int, metrics_port: int) -> list[str]:
-    """Command of the router; flags given as --router-X win over slime's defaults."""
+def router_command(args: Args, *, host: str, port: int, metrics_port: int, is_disaggregated: bool) -> list[str]:
+    """Command of a router; flags given as --router-X win over slime's defaults.
+
+    is_disaggregated: its engines compute prompts or decode.
+    """
     settings = {
         "--host": host,
         "--port": str(port),
@@ -97,5 +125,5 @@ def router_command(args: Args, *, host: str, port: int, metrics_port: int) -> li
     }
     given = {token.partition("=")[0] for token in args.router_args if token.startswith("--")}
     flags = [part for name, value in settings.items() if name not in given for part in (name, value)]
-    flags += ["--pd-disaggregation"] if args.prefill_num_servers is not None else []
+    flags += ["--pd-disaggregation"] if is_disaggregated else []
     return [sys.executable, "-m", "sglang_router.launch_router", *flags, *args.router_args]

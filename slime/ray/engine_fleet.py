@@ -1,7 +1,7 @@
-"""The engines and the router in front of them: started, given weights, watched, restarted.
+"""The engines and the routers in front of them: started, given weights, watched, restarted.
 
-An engine is registered with the router once it holds the policy's weights, not before: whatever the router reaches
-samples from the current version.
+An engine of the policy is registered with its router once it holds the policy's weights, not before: whatever the
+router reaches samples from the current version. Engines of other models (--sglang-config) keep their own weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -21,10 +20,11 @@ from ray.actor import ActorHandle
 
 from slime.arguments import Args
 from slime.engine.client import EngineClient, EngineError
-from slime.engine.spec import EngineCommand, EngineSpec, Role
+from slime.engine.spec import EngineCommand, EngineSpec
 from slime.ray.actors import create_actor
 from slime.ray.current_weights import CurrentWeights
 from slime.ray.engine_command import engine_client, engine_commands
+from slime.ray.engines import Engine, create_engines
 from slime.ray.placement import Slots, stays_on_machine
 from slime.ray.process_host import ProcessHost
 from slime.ray.router import LIFE_SIGN_S, POLL_S, PortTaken, Router, ServerNotUp, not_up
@@ -43,36 +43,6 @@ class TooManyRestarts(RuntimeError):
     """Engines or router died more often than --max-engine-restarts allows."""
 
 
-@dataclass
-class Engine:
-    """One engine: its bundles node by node, the actor that owns its process on each, and where it listens now.
-
-    lock: held while it is replaced or registered. is_lost: known to be gone, and not replaced yet. environments: of
-    each node's process, once known.
-    """
-
-    index: int
-    nodes: list[list[int]] = field(default_factory=list)
-    hosts: list[ActorHandle] = field(default_factory=list)
-    environments: list[dict[str, str]] = field(default_factory=list)
-    role: Role = "regular"
-    bootstrap_port: int | None = None
-    url: str = ""
-    num_starts: int = 0
-    is_lost: bool = False
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def is_external(self) -> bool:
-        """Whether somebody else starts and ends it."""
-        return not self.hosts
-
-    @property
-    def name(self) -> str:
-        """What logs call it."""
-        return f"the external engine {self.url}" if self.is_external else f"engine_{self.index}"
-
-
 class EngineFleet:
     """An asyncio actor: `watch` runs for as long as the fleet does, the other calls beside it."""
 
@@ -83,8 +53,11 @@ class EngineFleet:
         self.log_dir = Path(run_dir) / "logs"
         self.is_loopback = stays_on_machine(args)
         host = "127.0.0.1" if self.is_loopback else ray.util.get_node_ip_address()
-        self.router = Router(args, host=host, log_dir=self.log_dir)
-        self.engines = self._create_engines()
+        self.routers = {
+            model.name: Router(args, host=host, log_dir=self.log_dir, model=model) for model in args.served_models
+        }
+        self.engines = create_engines(args, slots, self._create_host)
+        self.policy_engines = [engine for engine in self.engines if not engine.is_frozen]
         self.weights = CurrentWeights()
         self.released: list[str] = []
         self.num_restarts = 0
@@ -92,35 +65,22 @@ class EngineFleet:
         self.is_updating = False
         self.is_stopping = False
 
-    def _create_engines(self) -> list[Engine]:
-        if self.args.rollout_external_engine_addrs is not None:
-            addresses = self.args.rollout_external_engine_addrs
-            return [Engine(index, url=f"http://{address}") for index, address in enumerate(addresses)]
-        bundles, size = self.slots.engine_bundles, self.args.rollout_num_gpus_per_engine
-        places = [self.slots.by_node(bundles[start : start + size]) for start in range(0, len(bundles), size)]
-        return [
-            Engine(index, nodes, [self._create_host(node[0]) for node in nodes], role=self._role(index))
-            for index, nodes in enumerate(places)
-        ]
-
-    def _role(self, index: int) -> Role:
-        if self.args.prefill_num_servers is None:
-            return "regular"
-        return "prefill" if index < self.args.prefill_num_servers else "decode"
-
     def _create_host(self, bundle: int) -> ActorHandle:
         return create_actor(ProcessHost, str(self.log_dir), options=self.slots.options(bundle, "engine"))
 
     # --- start
 
-    async def router_address(self) -> tuple[str, int]:
-        """Where the router is, or will be."""
-        return self.router.host, self.router.port
+    async def router_addresses(self) -> dict[str, tuple[str, int]]:
+        """Where the router of each model, by its name, is or will be."""
+        return {name: (router.host, router.port) for name, router in self.routers.items()}
 
     async def start(self) -> None:
-        """Start router and engines; returns when all answer. Raises ServerNotUp with the log of one that does not."""
-        self.router.start()
-        await asyncio.gather(self.router.wait_until_up(), *(self._start(engine) for engine in self.engines))
+        """Start routers and engines; returns when all answer. Raises ServerNotUp with the log of one that does not."""
+        routers = self.routers.values()
+        for router in routers:
+            router.start()
+        await asyncio.gather(*(router.wait_until_up() for router in routers), *map(self._start, self.engines))
+        await asyncio.gather(*(self._register(engine) for engine in self.engines if engine.is_frozen))
 
     async def _start(self, engine: Engine) -> None:
         """Start its process. A port that was free when chosen may be taken when it is bound: then on another one."""
@@ -152,17 +112,19 @@ class EngineFleet:
         await self._wait_until_up(engine)
 
     async def _commands(self, engine: Engine) -> list[EngineCommand]:
-        version = self.weights.version
+        version = None if engine.is_frozen else self.weights.version
         spec = EngineSpec(
             index=engine.index,
-            model_path=self.args.hf_checkpoint if version is None else await self._weights_directory(),
+            model_path=engine.model.model_path if version is None else await self._weights_directory(),
             weight_version="default" if version is None else str(version),
             num_threads=self.args.num_threads or max(1, (os.cpu_count() or 1) // len(self.engines)),
             device=self.slots.device,
-            num_slots=self.args.rollout_num_gpus_per_engine,
+            num_slots=engine.group.num_gpus_per_engine,
             num_nodes=len(engine.nodes),
             role=engine.role,
             bootstrap_port=engine.bootstrap_port,
+            is_frozen=engine.is_frozen,
+            overrides=engine.group.overrides,
         )
         if not engine.environments:
             engine.environments = [await self._environment(node) for node in engine.nodes]
@@ -196,6 +158,7 @@ class EngineFleet:
                 log_tail = "\n".join(tails) if tails else "(--rollout-external-engine-addrs: not ours)"
                 raise not_up(engine.name, code, self.args.engine_start_timeout_s, log_tail)
             await asyncio.sleep(POLL_S)
+        engine.up_since = time.monotonic()
 
     async def _poll(self, engine: Engine) -> int | None:
         """Its exit code, that of any of its nodes, or None while it runs; nobody knows that of an external one.
@@ -218,12 +181,12 @@ class EngineFleet:
     # --- weights and memory
 
     async def begin_update(self) -> list[str | None]:
-        """Addresses of all engines (None: lost) once none is being restarted; none will be until `weights_sent`."""
+        """The policy's engines (None: lost) once none is being restarted; none of them will be until `weights_sent`."""
         self.is_updating = True
-        for engine in self.engines:
+        for engine in self.policy_engines:
             async with engine.lock:
                 pass
-        return [None if engine.is_lost else engine.url for engine in self.engines]
+        return [None if engine.is_lost else engine.url for engine in self.policy_engines]
 
     async def _weights_directory(self) -> str:
         return await self.weights.directory(timeout_s=self.args.weight_sync_timeout_s)
@@ -237,11 +200,11 @@ class EngineFleet:
         self.weights.written(version, directory)
 
     async def weights_sent(self, version: int, directory: str | None, failed: list[str]) -> None:
-        """The engines hold `version`, but for the `failed` addresses, which are started anew from `directory`."""
+        """The policy's engines hold `version`, but for the `failed`, which are started anew from `directory`."""
         self.weights.set(version, directory)
-        for engine in self.engines:
+        for engine in self.policy_engines:
             engine.is_lost |= engine.url in failed
-        await asyncio.gather(*(self._register(engine) for engine in self.engines if not engine.is_lost))
+        await asyncio.gather(*(self._register(engine) for engine in self.policy_engines if not engine.is_lost))
         await self._replace_lost()
         self.is_updating = False
 
@@ -280,9 +243,10 @@ class EngineFleet:
 
     async def watch(self) -> None:
         """Look at every process until one cannot be brought back; that is raised, and is the only way to return."""
-        await asyncio.gather(self._watch(self._look_at_router), *(self._watch(self._look_at, e) for e in self.engines))
+        routers = (self._watch(self._look_at_router, router) for router in self.routers.values())
+        await asyncio.gather(*routers, *(self._watch(self._look_at, engine) for engine in self.engines))
 
-    async def _watch(self, look: Callable[..., Awaitable[None]], *args: Engine) -> None:
+    async def _watch(self, look: Callable[..., Awaitable[None]], *args: Engine | Router) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.router_came_back.wait(), self.args.rollout_health_check_interval)
@@ -295,7 +259,7 @@ class EngineFleet:
         if self._is_busy(engine):
             return
         code = await self._poll(engine)
-        if code is None and await self._client(engine).is_healthy(timeout_s=self.args.rollout_health_check_timeout):
+        if code is None and (self._may_hang(engine) or await self._is_healthy(engine)):
             await self._keep_registered(engine)
             return
         if self._is_busy(engine):
@@ -303,6 +267,12 @@ class EngineFleet:
         reason = "does not answer /health" if code is None else f"ended with code {code}"
         logger.warning("%s %s: %s", engine.name, reason, "waiting for it" if engine.is_external else "restarting it")
         await self._replace(engine, url)
+
+    def _may_hang(self, engine: Engine) -> bool:
+        return time.monotonic() - engine.up_since < self.args.rollout_health_check_first_wait
+
+    async def _is_healthy(self, engine: Engine) -> bool:
+        return await self._client(engine).is_healthy(timeout_s=self.args.rollout_health_check_timeout)
 
     def _is_busy(self, engine: Engine) -> bool:
         """Whether somebody else sees to it, or nobody may: it sleeps, takes weights, is being replaced, or all ends."""
@@ -321,13 +291,13 @@ class EngineFleet:
         """Whether one restart was enough. Raises TooManyRestarts where there is none left."""
         self._count_restart(engine.name)
         try:
-            await self.router.remove(engine.url)
+            await self._router(engine).remove(engine.url)
         except HTTPError as error:
             logger.warning("the router keeps %s for now: %s", engine.url, error)
         try:
             await self._poll(engine)  # for a host that lives
             await self._start(engine)
-            if self.weights.version is not None:
+            if self._may_serve(engine):
                 await self._add(engine)
         except (ServerNotUp, HTTPError, EngineError, ray.exceptions.RayActorError) as error:
             logger.warning("%s did not come back: %s", engine.name, error)
@@ -337,30 +307,37 @@ class EngineFleet:
 
     async def _register(self, engine: Engine) -> None:
         async with engine.lock:
-            if engine.url not in await self.router.workers():
+            if engine.url not in await self._router(engine).workers():
                 await self._add(engine)
 
     async def _add(self, engine: Engine) -> None:
-        await self.router.add(engine.url, role=engine.role, bootstrap_port=engine.bootstrap_port)
+        await self._router(engine).add(engine.url, role=engine.role, bootstrap_port=engine.bootstrap_port)
 
     async def _keep_registered(self, engine: Engine) -> None:
         """Register it with a router that has forgotten it; the next look tries again where that fails."""
-        if self.weights.version is None or self._is_busy(engine):
+        if not self._may_serve(engine) or self._is_busy(engine):
             return
         try:
             await self._register(engine)
         except (ServerNotUp, HTTPError) as error:
             logger.warning("%s is not registered for now: %s", engine.name, error)
 
-    async def _look_at_router(self) -> None:
-        if self.router.is_external or self.is_stopping or await self.router.is_up() or self.is_stopping:
+    def _router(self, engine: Engine) -> Router:
+        return self.routers[engine.model.name]
+
+    def _may_serve(self, engine: Engine) -> bool:
+        """Whether it holds weights to sample from: the policy's have been sent once, another model has its own."""
+        return engine.is_frozen or self.weights.version is not None
+
+    async def _look_at_router(self, router: Router) -> None:
+        if router.is_external or self.is_stopping or await router.is_up() or self.is_stopping:
             return
-        logger.warning("the router does not answer: restarting it")
-        self._count_restart("the router")
-        await asyncio.to_thread(self.router.stop)
-        self.router.start()
-        await self.router.wait_until_up()
-        logger.info("the router is back")
+        logger.warning("the %s does not answer: restarting it", router.name)
+        self._count_restart(f"the {router.name}")
+        await asyncio.to_thread(router.stop)
+        router.start()
+        await router.wait_until_up()
+        logger.info("the %s is back", router.name)
         self.router_came_back.set()  # the watch on each engine registers it
         self.router_came_back = asyncio.Event()
 
@@ -377,15 +354,16 @@ class EngineFleet:
     # --- end
 
     async def stop(self) -> None:
-        """End our engines and router; take our engines out of an external router."""
+        """End our engines and routers; take our engines out of an external router."""
         self.is_stopping = True
-        if self.router.is_external:
-            urls = [engine.url for engine in self.engines if not engine.is_external]
-            removals = asyncio.gather(*(self.router.remove(url) for url in urls), return_exceptions=True)
+        ours = [engine for engine in self.engines if self._router(engine).is_external and not engine.is_external]
+        if ours:
+            calls = (self._router(engine).remove(engine.url) for engine in ours)
+            removals = asyncio.gather(*calls, return_exceptions=True)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(removals, DEREGISTRATION_S)
         await asyncio.gather(
-            asyncio.to_thread(self.router.stop),
+            *(asyncio.to_thread(router.stop) for router in self.routers.values()),
             *(host.stop.remote() for engine in self.engines for host in engine.hosts),
             return_exceptions=True,  # a host that is gone took its engine along
         )

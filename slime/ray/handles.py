@@ -131,8 +131,10 @@ class ActorGroup:
         self.name = PROCESS_NAMES[role]
         bundles = slots.critic_bundles if role == "critic" else slots.trainer_bundles
         self.shares_node = slots.share_node(bundles)
+        variables = {name: str(value) for name, value in args.train_env_vars.items()}
+        environment = {"runtime_env": {"env_vars": variables}} if variables else {}
         self.ranks: list[ActorHandle] = [
-            create_actor(TrainActor, args, rank, run_dir, role, options=slots.options(bundle, role))
+            create_actor(TrainActor, args, rank, run_dir, role, options=slots.options(bundle, role) | environment)
             for rank, bundle in enumerate(bundles)
         ]
         self.ranks_per_node = max(Counter(slots.node_of[bundle] for bundle in bundles).values())
@@ -178,6 +180,11 @@ class ActorGroup:
         """Write a checkpoint."""
         calls = [rank.save.remote(rollout_id) for rank in self.ranks]
         self._all(calls, self.args.train_timeout_s, f"the {self.name}'s checkpoint of rollout {rollout_id}")
+
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is still being written."""
+        calls = [rank.finish_save.remote() for rank in self.ranks]
+        self._all(calls, self.args.train_timeout_s, f"the end of the {self.name}'s last save")
 
     def sleep(self) -> None:
         """Give device memory to the engines."""

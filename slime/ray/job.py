@@ -97,8 +97,8 @@ class Job:
         fleet = self._start_fleet(slots)
         engines = [] if fleet is None else [fleet.start.remote()]
         self.args = self._with_num_rollout(prompts)
-        router = None if fleet is None else fleet.router_address.remote()
-        connected: ObjectRef = self.manager.set_runtime.remote(self.num_rollout, router)
+        routers = None if fleet is None else fleet.router_addresses.remote()
+        connected: ObjectRef = self.manager.set_runtime.remote(self.num_rollout, routers)
         self.trainers = [] if self.args.debug_rollout_only else self._create_trainers(slots)
         trainers = [call for group in self.trainers for call in group.start(str(weights_dir))]
         _, *answers = self.watchdog.get(
@@ -231,9 +231,12 @@ class Job:
             if is_last and self.args.save is not None and self.saved_rollout_id != rollout_id:
                 self.memory.to_training()  # the signal came after that: the trainers may be asleep again
                 self.save(rollout_id)
+            if self.args.async_save and (is_last or rollout_id == self.num_rollout - 1):
+                self._finish_saves()
             self.journal.end_step(rollout_id)
             if is_last:
                 return
+        self.journal.end_run()
 
     def evaluates_at_start(self) -> bool:
         """Whether to evaluate before the first rollout."""
@@ -262,6 +265,11 @@ class Job:
             for group in reversed(self.trainers):
                 group.save(rollout_id)
         self.saved_rollout_id = rollout_id
+
+    def _finish_saves(self) -> None:
+        with self.journal.phase("save", "the last checkpoint"):
+            for group in self.trainers:
+                group.finish_save()
 
     def _load_prompts(self, ref: ObjectRef, what: str) -> Any:
         return self.watchdog.get([ref], timeout_s=self.args.trainer_start_timeout_s, what=what)[0]

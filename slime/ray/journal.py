@@ -12,6 +12,7 @@ from slime.arguments import Args
 from slime.observability.progress import Progress
 from slime.observability.timer import PhaseTimer
 from slime.observability.tracking import open_tracker
+from slime.ray.ci_checks import Checks
 
 
 class Journal:
@@ -23,6 +24,7 @@ class Journal:
         self.timer = PhaseTimer(run_dir, process="driver")
         self.timer.rollout_id = start_rollout_id
         self.tracker = open_tracker(args, run_dir, start_rollout_id=start_rollout_id, arguments=settings)
+        self.checks = Checks(args) if args.ci_test else None
         self.progress = progress
         self.rollout_metrics: dict[str, float] = {}
         self.train_metrics: dict[str, float] = {}
@@ -45,6 +47,8 @@ class Journal:
         """Metrics of an evaluation after `num_trained` rollouts."""
         self.tracker.log("eval/step", num_trained, metrics)
         self.progress.note(metrics)
+        if self.checks is not None:
+            self.checks.note(metrics)
 
     def begin_step(self) -> None:
         """From here on time counts for the next rollout: not what went before the first one."""
@@ -57,6 +61,14 @@ class Journal:
         perf = self.timer.collect() | {"perf/step_time": time.monotonic() - self._step_start}
         self.tracker.log("rollout/step", rollout_id, self.rollout_metrics | perf)
         self.tracker.log("train/step", rollout_id, self.train_metrics)
-        self.progress.update(rollout_id, self.rollout_metrics | self.train_metrics | perf)
+        metrics = self.rollout_metrics | self.train_metrics | perf
+        self.progress.update(rollout_id, metrics)
+        if self.checks is not None:
+            self.checks.step(rollout_id, metrics)
         self.rollout_metrics, self.train_metrics = {}, {}
         self.timer.rollout_id = rollout_id + 1
+
+    def end_run(self) -> None:
+        """All rollouts are done. Raises CheckFailed where --ci-metric-checker-threshold was not reached."""
+        if self.checks is not None:
+            self.checks.end()

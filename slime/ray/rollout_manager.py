@@ -25,7 +25,7 @@ from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, 
 from slime.rollout.debug_data import save_rollout
 from slime.rollout.eval_data import samples_per_prompt
 from slime.rollout.hooks import logs_eval_itself, logs_rollout_itself
-from slime.rollout.staleness import without_stale
+from slime.rollout.staleness import check_on_policy, without_stale
 from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.logging import configure_logging
 from slime.utils.misc import load_function
@@ -76,11 +76,18 @@ class RolloutManager:
             self.data_source.add_samples([])  # one that takes nothing back says so now
         return len(self.data_source)
 
-    def set_runtime(self, num_rollout: int, router: tuple[str, int] | None) -> None:
-        """What plug-ins read from `args` and only a started run knows. router: host and port, if there is one."""
-        host, port = router or (None, None)
+    def set_runtime(self, num_rollout: int, routers: dict[str, tuple[str, int]] | None) -> None:
+        """What plug-ins read from `args` and only a started run knows.
+
+        routers: host and port of each model's router, by its name, if there are engines.
+        """
+        host, port = routers[self.args.policy.name] if routers is not None else (None, None)
         self.args = dataclasses.replace(
-            self.args, num_rollout=num_rollout, sglang_router_ip=host, sglang_router_port=port
+            self.args,
+            num_rollout=num_rollout,
+            sglang_router_ip=host,
+            sglang_router_port=port,
+            sglang_model_routers=routers or {},
         )
 
     def generate(self, rollout_id: int, weight_version: int) -> RolloutResult:
@@ -91,6 +98,8 @@ class RolloutManager:
         output = call_rollout_fn(function, self.args, rollout_id, self.data_source, evaluation=False, **known)
         assert isinstance(output, RolloutFnTrainOutput)
         groups, stale = without_stale(self.args, rollout_id, output.samples, self.data_source)
+        if self.args.true_on_policy_mode:
+            check_on_policy(groups, weight_version)
         if self.args.save_debug_rollout_data is not None:
             save_rollout(self.args.save_debug_rollout_data, rollout_id, groups, weight_version=weight_version)
         samples = [sample for group in groups for sample in group]
@@ -103,7 +112,7 @@ class RolloutManager:
             samples,
             raw_rewards,
             seconds=seconds,
-            num_gpus=max(1, self.args.rollout_num_gpus or 1),
+            num_gpus=max(1, self.args.policy.num_gpus),
             weight_version=rollout_id,
         )
         return RolloutResult(ray.put(batch), metrics | self._details(samples, raw_rewards) | extra)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slime.arguments import Args
+from slime.config.served_models import ServedModel
 from slime.engine.spec import Role
 from slime.ray.engine_command import router_command
 from slime.utils.http_utils import HTTPError, delete, find_free_port, get, post
@@ -39,10 +40,12 @@ def not_up(name: str, code: int | None, timeout_s: float, log_tail: str) -> Serv
 
 
 class Router:
-    """Our own router, or an external one that is only talked to."""
+    """Our own router of one model, or an external one that is only talked to. model: the policy where none is given."""
 
-    def __init__(self, args: Args, *, host: str, log_dir: Path) -> None:
+    def __init__(self, args: Args, *, host: str, log_dir: Path, model: ServedModel | None = None) -> None:
         self.args = args
+        self.model = model or args.policy
+        self.name = "router" if self.model.update_weights else f"router_{self.model.name}"
         self.is_external = args.sglang_router_ip is not None
         self.host = args.sglang_router_ip or host
         self.port = args.sglang_router_port or find_free_port(host)
@@ -58,8 +61,14 @@ class Router:
         """Start the process, on the same port each time; nothing for an external router."""
         if self.is_external:
             return
-        command = router_command(self.args, host=self.host, port=self.port, metrics_port=find_free_port(self.host))
-        self.process = OwnedProcess(command, log_path=self.log_dir / "router.log")
+        command = router_command(
+            self.args,
+            host=self.host,
+            port=self.port,
+            metrics_port=find_free_port(self.host),
+            is_disaggregated=self.model.is_disaggregated,
+        )
+        self.process = OwnedProcess(command, log_path=self.log_dir / f"{self.name}.log")
 
     async def wait_until_up(self) -> None:
         """Until /health answers. Raises ServerNotUp at the deadline, or when the process ends."""

@@ -20,7 +20,7 @@ from slime.data.batch import Array, TrainBatch
 from slime.observability.flops import training_flops
 from slime.observability.timer import PhaseTimer
 from slime.ray.actors import CONTROL, LIFETIME
-from slime.ray.engine_command import engine_client
+from slime.ray.engine_command import engine_client, transport_kind
 from slime.ray.watchdog import thread_stacks, wait_for_the_end
 from slime.utils.http_utils import find_free_port
 from slime.utils.logging import configure_logging
@@ -83,13 +83,13 @@ class TrainActor:
         """Join the world, load model and optimizer. Returns the first rollout id to run."""
         import torch
 
-        from slime.utils.distributed import init_process_group, pick_device
+        from slime.utils.distributed import communication, init_process_group, pick_device
 
         torch.set_num_threads(num_threads)
         device = pick_device(self.args.device)
-        backend = self.args.distributed_backend
+        cpu_backend = self.args.fsdp_cpu_backend if self.args.fsdp_cpu_offload else None
         init_process_group(
-            backend=("nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend,
+            backend=communication(self.args.distributed_backend, device, cpu_backend=cpu_backend),
             rank=self.rank,
             world_size=self.args.num_critics if self.role == "critic" else self.args.num_trainers,
             address=address,
@@ -125,18 +125,19 @@ class TrainActor:
         self.transport = self._transport(device)
 
     def _transport(self, device: torch.device) -> Transport:
+        from slime.weight_sync.distributed import DistributedTransport
         from slime.weight_sync.tensor import TensorTransport
 
-        size = self.args.rollout_num_gpus_per_engine
-        all_share = self.args.colocate and not self.args.has_critic_slots  # else some engine has no trainer on its GPU
-        is_seen_working = all_share and self.args.rollout_engine == "sglang" and size == 1
-        kind = self.args.update_weight_transport
-        if kind == "tensor" or (kind == "auto" and device.type == "cuda" and is_seen_working):
-            if device.type != "cuda":
-                raise ValueError("--update-weight-transport tensor shares memory of GPUs, and there is none: use disk")
-            buffer_size = self.args.update_weight_buffer_size
-            return TensorTransport(rank=self.rank, ranks_per_engine=size, bucket_bytes=buffer_size)
-        return self.files
+        buffer_size = self.args.update_weight_buffer_size
+        match transport_kind(self.args, device.type):
+            case "tensor":
+                size = self.args.policy_engine_size
+                assert size is not None, "engines of the policy have no trainers of their own on their GPUs"
+                return TensorTransport(rank=self.rank, ranks_per_engine=size, bucket_bytes=buffer_size)
+            case "distributed":
+                return DistributedTransport(is_sender=self.is_reporter, device=device, bucket_bytes=buffer_size)
+            case "disk":
+                return self.files
 
     def _open_critic(self) -> None:
         from slime.training.critic import CriticRecipe
@@ -228,6 +229,10 @@ class TrainActor:
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint."""
         self.backend.save(rollout_id)
+
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is still being written."""
+        self.backend.finish_save()
 
     def sleep(self) -> None:
         """Give device memory to the engines."""

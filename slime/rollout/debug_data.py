@@ -63,7 +63,7 @@ def generate_rollout(
     groups = load_rollout(args.load_debug_rollout_data, rollout_id)
     kept = subsampled(groups, args.load_debug_rollout_data_subsample)
     num_samples = sum(map(len, kept))
-    needed = min(args.num_trainers * (args.num_steps_per_rollout or 1), sum(map(len, groups)))
+    needed = min(args.num_data_ranks * (args.num_steps_per_rollout or 1), sum(map(len, groups)))
     if num_samples < needed:
         raise ValueError(
             f"--load-debug-rollout-data-subsample leaves {num_samples} samples, the trainers need {needed}: raise it"

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from slime.config.served_models import POLICY
 from slime.rollout.abort import abort
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
 from slime.rollout.collect import collect_groups
@@ -50,8 +51,17 @@ MAX_INTERRUPTIONS = 16  # of one sample, by somebody else who ends requests at t
 
 
 def get_model_url(args: Any, model_name: str = "actor", endpoint: str = "/generate") -> str:
-    """The router's address for `endpoint`."""
-    return f"http://{args.sglang_router_ip}:{args.sglang_router_port}{endpoint}"
+    """The address for `endpoint` of a model's router: "actor" is the policy, others are those of --sglang-config.
+
+    Raises ValueError for a model that is not served.
+    """
+    if model_name == POLICY:
+        return f"http://{args.sglang_router_ip}:{args.sglang_router_port}{endpoint}"
+    routers: dict[str, tuple[str, int]] = args.sglang_model_routers
+    if model_name not in routers:
+        raise ValueError(f"no model {model_name!r} is served, there are {', '.join(routers)}: see --sglang-config")
+    host, port = routers[model_name]
+    return f"http://{host}:{port}{endpoint}"
 
 
 def sampling_seed(rollout_seed: int, sample_index: int | str | None, num_tokens: int) -> int:

@@ -68,6 +68,22 @@ def without_stale(args: Any, rollout_id: int, groups: Groups, data_source: DataS
     return FreshGroups([group for group in groups if id(group) not in kept], metrics)
 
 
+class NotOnPolicy(RuntimeError):
+    """A sample was not, or not only, sampled by the weights that are trained."""
+
+
+def check_on_policy(groups: Groups, weight_version: int) -> None:
+    """Raise NotOnPolicy unless version `weight_version` sampled every response, with its index and its versions."""
+    wanted = {str(weight_version)}
+    for sample in (sample for group in groups for sample in group):
+        if sample.response_length and set(sample.weight_versions) != wanted:
+            found = ", ".join(sorted(set(sample.weight_versions))) or "no engine that names its version"
+            raise NotOnPolicy(
+                f"--true-on-policy-mode: sample {sample.index} was sampled by {found}, the weights that are trained "
+                f"are {weight_version}. A generation function must hand `meta_info` to Sample.append_response_tokens."
+            )
+
+
 def renew(group: list[Sample]) -> list[Sample]:
     """The prompts of a group with nothing sampled; siblings that one generate call fanned out become one again."""
     prompts = {sample.index: sample for sample in group}

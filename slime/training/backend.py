@@ -86,6 +86,8 @@ class StepMetrics:
     grad_norm: float
     lr: float
     skipped: bool  # the loss or the gradient was not finite; nothing was updated
+    loss_scale: float | None = None  # of float16, as this step used it
+    overflowed: bool = False  # skipped because of that scale, which is smaller now: nothing to worry about
 
 
 class TrainBackend(Protocol):
@@ -110,8 +112,9 @@ class TrainBackend(Protocol):
     def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
         """One optimizer step over all micro-batches.
 
-        A backend that splits sequences among ranks hands the loss this rank's tokens, outputs and [T] fields of the
-        micro-batch alike, and completes `sequence_sum` with the other ranks' share.
+        A backend that splits sequences among ranks completes the outputs on each, so that every loss and hook sees
+        whole samples, and each rank takes the gradient of its own tokens. Or it hands the loss this rank's tokens,
+        outputs and [T] fields of the micro-batch alike, and completes `sequence_sum` with the other ranks' share.
         """
         ...
 
@@ -128,7 +131,11 @@ class TrainBackend(Protocol):
         ...
 
     def save(self, rollout_id: int) -> None:
-        """Write a checkpoint that is complete or absent."""
+        """Write a checkpoint that is complete or absent, or begin to: with --async-save, from the state of now."""
+        ...
+
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is still being written; raises what went wrong with it."""
         ...
 
     def sleep(self) -> None:

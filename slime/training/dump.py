@@ -2,6 +2,7 @@
 
 One .npz file a rollout and rank. [S] arrays have an entry a sequence, [T] arrays one a response token, in the order in
 which they were trained on; `step` and `micro_batch` [S] say when, `row` [S] is the place in the rollout's batch.
+Ranks that share the tokens of samples write the same.
 """
 
 from __future__ import annotations

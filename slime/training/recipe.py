@@ -158,7 +158,9 @@ class Recipe:
 
     def _step(self, rollout_id: int, index: int, batch: TrainBatch, step: list[PackedBatch]) -> StepMetrics:
         result = self.backend.train_step(step, loss_for(self.algorithm), wants=wants_of(self.algorithm))
-        if result.skipped:
+        if result.overflowed:
+            logger.info("rollout %d step %d skipped: loss scale %g is too large", rollout_id, index, result.loss_scale)
+        elif result.skipped:
             self.num_skipped += 1
             dump = self._dump(rollout_id, index, batch, step)
             logger.warning("rollout %d step %d skipped: loss or gradient not finite; %s", rollout_id, index, dump)
@@ -225,7 +227,10 @@ def mean_over_steps(results: list[StepMetrics]) -> dict[str, float]:
     metrics = {f"train/{name}": sum(r.metrics[name] for r in taken) / len(taken) for name in names}
     metrics["train/grad_norm"] = sum(r.grad_norm for r in taken) / len(taken) if taken else math.nan
     metrics["train/lr-pg_0"] = results[-1].lr
-    metrics["train/skipped_steps"] = len(results) - len(taken)
+    metrics["train/skipped_steps"] = sum(result.skipped and not result.overflowed for result in results)
+    if results[-1].loss_scale is not None:
+        metrics["train/loss_scale"] = results[-1].loss_scale
+        metrics["train/overflowed_steps"] = sum(result.overflowed for result in results)
     return metrics
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -35,3 +35,18 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     except BaseException:
         future.cancel()
         raise
+
+
+def in_thread(function: Callable[[], T]) -> Future[T]:
+    """Begins `function`, which may never return, in a thread that does not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def call() -> None:
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(function())
+        except BaseException as error:  # handed to whoever waits, without the frames: they hold what was worked on
+            future.set_exception(error.with_traceback(None))
+
+    threading.Thread(target=call, name="slime-call", daemon=True).start()
+    return future

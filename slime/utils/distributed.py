@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup, Store, distributed_c10d
 
 
 def init_process_group(*, backend: str, rank: int, world_size: int, address: str, timeout_minutes: float) -> None:
@@ -19,8 +24,61 @@ def init_process_group(*, backend: str, rank: int, world_size: int, address: str
     )
 
 
+def communication(setting: str, device: torch.device, *, cpu_backend: str | None = None) -> str:
+    """What ranks talk through. setting: a backend's name, or `auto`. cpu_backend: for tensors on the host of a GPU."""
+    backend = ("nccl" if device.type == "cuda" else "gloo") if setting == "auto" else setting
+    return backend if cpu_backend is None or device.type == "cpu" else f"cpu:{cpu_backend},{device.type}:{backend}"
+
+
 def pick_device(setting: str) -> torch.device:
     """`auto`: the GPU that this process may see first, else the CPU."""
     if setting == "cuda" or (setting == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def join_group(
+    name: str, *, store: Store, rank: int, world_size: int, backend: str, timeout: datetime.timedelta
+) -> ProcessGroup:
+    """A group beside the default one, or without it, among processes that share nothing but `store`.
+
+    There is no public constructor in torch 2.11 to 2.13. SGLang's engines join as below, and the names of keys in the
+    store must agree. Raises RuntimeError or ValueError where not all have joined in time.
+    """
+    c10d: Any = distributed_c10d
+    with _failures_do_not_end_the_process():
+        group, _ = c10d._new_process_group_helper(
+            world_size,
+            rank,
+            [],
+            c10d.Backend(backend),
+            dist.PrefixStore(name, store),
+            group_name=name,
+            backend_options=None,
+            timeout=timeout,
+        )
+    c10d._world.pg_group_ranks[group] = {member: member for member in range(world_size)}
+    return cast(ProcessGroup, group)
+
+
+def leave_group(group: ProcessGroup) -> None:
+    """End a group of `join_group`, whatever its members are doing: on GPUs a broadcast that hangs ends.
+
+    With gloo it goes on until its own deadline, and connections close with the last reference to the group.
+    """
+    cast(Any, distributed_c10d)._abort_process_group(group)
+
+
+@contextlib.contextmanager
+def _failures_do_not_end_the_process() -> Iterator[None]:
+    """NCCL groups made inside leave it to their owner to notice that a member is gone; torch would end the process."""
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    previous = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = previous

@@ -28,6 +28,7 @@ BROAD_EXCEPT = {
     "slime/agent/generate.py": "an agent may raise anything; it fails its sample, by name",
     "slime/cli/errors.py": "where every failure of a run ends",
     "slime/utils/misc.py": "a plug-in's module may raise anything",
+    "slime/utils/async_utils.py": "a failure in another thread is handed to whoever waits for it",
 }
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from slime.cli.memory_estimate import ModelSize, TrainingLoad, kv_bytes_per_token, trainer_memory
 from slime.cli.model_files import read_model_files
 from slime.config import ConfigError
 from tests.helpers.tiny_models import make_tiny_model
@@ -62,23 +61,3 @@ def test_damage_is_named(model: Path, damage: object, says: str) -> None:
     damage(model)
     with pytest.raises(ConfigError, match=says):
         read_model_files(str(model))
-
-
-def test_memory_of_a_trainer_is_16_bytes_a_parameter_shared_by_the_ranks() -> None:
-    config = {
-        "num_hidden_layers": 4,
-        "hidden_size": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 10,
-    }
-    model = ModelSize.from_config(config, 1000)
-    load = TrainingLoad(
-        num_ranks=2, micro_batch_tokens=5, logit_chunk_tokens=3, compute_bytes=2, num_frozen=1, recomputes=True
-    )
-    memory = trainer_memory(model, load)
-    assert memory["weights, gradients, Adam"] == 500 * 16
-    assert memory["frozen models"] == 500 * 4
-    assert memory["logits"] == 2 * 3 * 10 * 4
-    assert memory["activations"] == 5 * 8 * 2 * (4 + 17)
-    assert kv_bytes_per_token(model, 2) == 2 * 4 * (2 * 2) * 2

@@ -11,7 +11,7 @@ import pytest
 from helpers.tiny_models import make_tiny_model
 
 from slime.arguments import Args, parse_args
-from slime.cli.dry_run import plan
+from slime.cli.dry_run import plan, training_load
 from slime.cli.preflight import preflight
 
 MakeArgs = Callable[..., Args]
@@ -142,8 +142,76 @@ def test_an_estimator_that_does_not_import_is_refused(make_args: MakeArgs) -> No
         preflight(make_args([ROW], "--rm-type", "random", "--advantage-estimator", "my_algo.ESTIMATOR"))
 
 
+def test_the_plan_says_what_ranks_that_share_tokens_hold(make_args: MakeArgs) -> None:
+    flags = ["--rm-type", "random", "--actor-num-gpus-per-node", "2"]
+    plans = {}
+    for size in ("1", "2"):
+        args = make_args([ROW], *flags, "--context-parallel-size", size)
+        plans[size] = dict(row for section in plan(args, preflight(args)) for row in section.rows)
+        (memory,) = [section for section in plan(args, preflight(args)) if section.title.startswith("memory")]
+        plans[size] |= dict(memory.rows)
+    assert "2 share the tokens of a sample" in plans["2"]["trainers"]
+    assert "share" not in plans["1"]["trainers"]
+    activations = {size: rows["each trainer"].split("activations ")[1].split()[0] for size, rows in plans.items()}
+    assert float(activations["2"]) == pytest.approx(float(activations["1"]) / 2, rel=0.1)
+    packed = make_args(
+        [ROW], *flags, "--context-parallel-size", "2", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "50"
+    )
+    (batches,) = [section for section in plan(packed, preflight(packed)) if section.title == "batches"]
+    assert ("micro-batches", "at most 100 tokens each") in batches.rows
+
+
 def test_the_plan_says_where_the_critic_is(make_args: MakeArgs) -> None:
     args = make_args([ROW], "--rm-type", "random", "--advantage-estimator", "ppo")
     rows = [row for section in plan(args, preflight(args)) for row in section.rows]
     assert ("critic", "1, in the trainers' slots") in rows
     assert any("critic" in text for name, text in rows if name == "each trainer")
+
+
+def test_the_plan_names_every_model_that_is_served(make_args: MakeArgs, model: Path, tmp_path: Path) -> None:
+    group = {"worker_type": "regular", "num_gpus": 1}
+    models = [
+        {"name": "student", "server_groups": [group]},
+        {"name": "judge", "model_path": str(model), "update_weights": False, "server_groups": [group]},
+    ]
+    (tmp_path / "engines.yaml").write_text(json.dumps({"sglang": models}))
+    flags = ["--sglang-config", str(tmp_path / "engines.yaml"), "--actor-num-gpus-per-node", "2"]
+    args = make_args([ROW], "--rm-type", "random", *flags)
+    rows = dict(row for section in plan(args, preflight(args)) for row in section.rows)
+    assert rows["engines of student"] == "1 x 1, auto, in the trainers' slots, in turns"
+    assert rows["engines of judge"] == f"1 x 1, auto, in the trainers' slots, in turns, weights of {model}"
+    assert rows["router"] == "sglang-router, on a free port, for each model"
+    assert rows["each engine slot of judge"].startswith("weights ")
+
+
+def test_the_plan_compares_with_the_gpu_that_there_is(make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = make_args([ROW], "--rm-type", "random", "--device", "cuda")
+    monkeypatch.setattr("slime.cli.dry_run.gpu_bytes", lambda: 2**31)
+    rows = dict(row for section in plan(args, preflight(args)) for row in section.rows)
+    assert rows["a GPU of this machine"] == "2.00 GiB, 0% of it at a trainer's peak"
+
+
+def test_the_plan_tells_memory_awake_and_asleep(make_args: MakeArgs) -> None:
+    args = make_args([ROW], "--rm-type", "random", "--device", "cuda", "--gradient-checkpointing")
+    rows = dict(row for section in plan(args, preflight(args)) for row in section.rows)
+    assert " at its peak: weights and Adam " in rows["each trainer"]
+    assert rows["each trainer asleep"].endswith("page-locked, on the host")
+    assert "two buckets" in rows["while weights are sent"]
+    disaggregated = make_args([ROW], "--rm-type", "random", "--no-colocate", "--rollout-num-gpus", "1")
+    names = {name for section in plan(disaggregated, preflight(disaggregated)) for name, _ in section.rows}
+    assert not {"each trainer asleep", "while weights are sent"} & names
+
+
+def test_what_a_rank_holds_follows_from_the_settings(make_args: MakeArgs) -> None:
+    on_gpu = training_load(
+        make_args([ROW], "--device", "cuda", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "90")
+    )
+    assert (on_gpu.compute_bytes, on_gpu.is_compiled, on_gpu.micro_batch_tokens, on_gpu.accumulates) == (
+        2,
+        True,
+        90,
+        True,
+    )
+    on_cpu = training_load(make_args([ROW], "--device", "cpu", "--micro-batch-size", "4"))
+    assert (on_cpu.compute_bytes, on_cpu.is_compiled, on_cpu.micro_batch_tokens) == (4, False, 4 * 32)
+    assert not on_cpu.accumulates, "the 4 samples of a step are one micro-batch"

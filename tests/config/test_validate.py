@@ -37,11 +37,38 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"update_weight_transport": "tensor", "advantage_estimator": "ppo", "critic_num_gpus_per_node": 1},
         "without slots of a critic's own, or use disk.",
     ),
+    (
+        {"update_weight_transport": "nccl", "colocate": True, "rollout_num_gpus": None},
+        "--update-weight-transport distributed is a broadcast to other GPUs than the trainers': drop --colocate",
+    ),
+    # on policy
+    ({"true_on_policy_mode": True, "num_steps_per_rollout": 2}, "of 2 optimizer steps a rollout (--num-steps-per-roll"),
+    ({"true_on_policy_mode": True, "partial_rollout": True}, "--true-on-policy-mode: --partial-rollout goes on with"),
+    ({"true_on_policy_mode": True, "rollout_function_path": FULLY_ASYNC}, "fully asynchronous rollouts are sampled ah"),
+    ({"true_on_policy_mode": True, "loss_type": "sft_loss"}, "--loss-type sft_loss has no samples of the policy"),
+    ({"true_on_policy_mode": True, "debug_train_only": True} | SFT, "--debug-train-only has no engines: change that"),
+    ({"true_on_policy_mode": True, "debug_rollout_only": True}, "--debug-rollout-only trains nothing: change that"),
+    # checks
+    ({"ci_save_grad_norm": "{rollout_id}", "ci_disable_kl_checker": True}, "--ci-disable-kl-checker, --ci-save-grad-n"),
+    ({"ci_test": True, "ci_metric_checker_key": "eval/a"}, "--ci-metric-checker-key and --ci-metric-checker-threshold"),
+    ({"ci_test": True, "ci_save_grad_norm": "norm.json"}, "--ci-save-grad-norm must be a path in which {rollout_id}"),
+    ({"ci_train_rollout_logprob_abs_diff_threshold": 0.0}, "--ci-train-rollout-logprob-abs-diff-threshold must be ab"),
+    # processes
+    ({"train_env_vars": {"A": "b", "C": ["d"]}}, "--train-env-vars must be names with texts or numbers, got 'C'"),
+    ({"rollout_health_check_first_wait": -1.0}, "--rollout-health-check-first-wait must be 0 or more"),
     # asynchrony
     ({"rollout_function_path": FULLY_ASYNC, "colocate": True, "rollout_num_gpus": None}, "samples while trainers trai"),
     ({"rollout_function_path": FULLY_ASYNC, "partial_rollout": True}, "generate_rollout_fully_async keeps every group"),
     ({"max_weight_staleness": -1}, "--max-weight-staleness must be 0 or more"),
     ({"update_weights_interval": 0}, "--update-weights-interval must be above 0"),
+    # context parallelism
+    ({"context_parallel_size": 0}, "--context-parallel-size must be above 0, got 0"),
+    ({"context_parallel_size": 2}, "--context-parallel-size 2 must divide the 1 trainer ranks"),
+    (
+        {"context_parallel_size": 2, "actor_num_gpus_per_node": 2, "critic_num_gpus_per_node": 3}
+        | {"advantage_estimator": "ppo"},
+        "--context-parallel-size 2 must divide the 3 critic ranks",
+    ),
     # the algorithm's parts
     ({"advantage_estimator": "grop"}, "or the dotted path of an Estimator, got 'grop'"),
     ({"advantage_estimator": "reinforce_plus_plus"}, "--advantage-estimator reinforce_plus_plus needs --normalize-adv"),
@@ -224,6 +251,7 @@ DERIVED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"rollout_temperature": 0.7, "label_key": "answer"}, {"eval_temperature": 0.7, "eval_label_key": "answer"}),
     ({"reward_key": "score"}, {"eval_reward_key": "score"}),
     ({"use_dynamic_batch_size": True, "max_tokens_per_gpu": 64}, {"log_probs_max_tokens_per_gpu": 64}),
+    ({"update_weight_transport": "nccl"}, {"update_weight_transport": "distributed"}),
 ]
 
 
@@ -240,6 +268,7 @@ def test_what_follows_from_other_settings_is_filled_in(settings: dict[str, Any],
         ({"update_weights_interval": 2}, False, "--update-weights-interval 2 needs train_async.py"),
         ({"max_weight_staleness": 0}, True, "--max-weight-staleness 0 cannot be held"),
         ({"max_weight_staleness": 1, "update_weights_interval": 2}, True, "up to --update-weights-interval 2 versions"),
+        ({"true_on_policy_mode": True}, True, "train_async.py samples one rollout ahead of training. Use train.py."),
         ({"keep_old_actor": True}, True, "--keep-old-actor keeps one version"),
         ({"keep_old_actor": True, "rollout_function_path": FULLY_ASYNC}, False, "--keep-old-actor keeps one version"),
     ],
@@ -256,6 +285,11 @@ def test_each_loop_takes_what_is_its_own() -> None:
     )
     check_loop(resolved(update_weights_interval=2, max_weight_staleness=2), is_async=True)
     check_loop(resolved(debug_rollout_only=True), is_async=True)
+
+
+def test_ranks_that_share_tokens_need_fewer_samples() -> None:
+    args = resolved(global_batch_size=1, actor_num_gpus_per_node=2, context_parallel_size=2)
+    assert (args.num_trainers, args.num_data_ranks) == (2, 1)
 
 
 def test_resolving_twice_changes_nothing() -> None:

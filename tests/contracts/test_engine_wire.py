@@ -20,7 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 Needs = Callable[[str], None]
 
-TOLERANCE = 1e-5
+TOLERANCE = float(os.environ.get("SLIME_ENGINE_TOLERANCE", "1e-5"))
 FIRST_TOKEN, LAST_TOKEN = 4, 320
 LONG = 1500
 

@@ -49,6 +49,7 @@ class EngineUnderTest:
     is_embedded: bool = True
     headers: dict[str, str] = field(default_factory=dict)
     timeout_s: float = 60.0
+    pid: int = 0
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(128))
 
     def get(self, path: str) -> Answer:
@@ -95,9 +96,11 @@ def server_command(model_path: Path, port: int, *flags: str) -> list[str]:
 
 
 @contextmanager
-def running_engine(model_path: Path, *flags: str, headers: dict[str, str] | None = None) -> Iterator[EngineUnderTest]:
+def running_engine(
+    model_path: Path, *flags: str, headers: dict[str, str] | None = None, port: int | None = None
+) -> Iterator[EngineUnderTest]:
     """An engine in a process of its own, ended on leaving; an engine that does not come up fails with its log."""
-    port = free_port()
+    port = port or free_port()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
         server_command(model_path, port, *flags), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -106,7 +109,7 @@ def running_engine(model_path: Path, *flags: str, headers: dict[str, str] | None
     is_serving = threading.Event()
     reader = threading.Thread(target=_read_log, args=(process, log, is_serving), daemon=True)
     reader.start()
-    engine = EngineUnderTest(f"http://127.0.0.1:{port}", model_path, headers=headers or {})
+    engine = EngineUnderTest(f"http://127.0.0.1:{port}", model_path, headers=headers or {}, pid=process.pid)
     try:
         assert is_serving.wait(START_TIMEOUT_S) and process.poll() is None, b"".join(log).decode()
         yield engine

@@ -33,15 +33,21 @@ def world_of_one() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def run_ranks(body: Callable[..., None], num_ranks: int, *args: Any, store: Path) -> None:
-    """Run `body(*args)` in `num_ranks` fresh processes, one gloo world. store: a path that does not exist yet."""
-    mp.spawn(_rank, (num_ranks, str(store), body, args), nprocs=num_ranks)
+def run_ranks(body: Callable[..., None], num_ranks: int, *args: Any, store: Path, device: str = "cpu") -> None:
+    """Run `body(*args)` in `num_ranks` fresh processes, one world of gloo on CPUs, of NCCL with a GPU each.
+
+    store: a path that does not exist yet.
+    """
+    mp.spawn(_rank, (num_ranks, str(store), device, body, args), nprocs=num_ranks)
 
 
-def _rank(rank: int, num_ranks: int, store: str, body: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, num_ranks: int, store: str, device: str, body: Callable[..., None], args: tuple[Any, ...]) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
     body(*args)
     dist.barrier()
     sys.stderr.flush()
@@ -66,9 +72,9 @@ def settings_for(model: str | Path, **overrides: Any) -> Args:
     return resolve(Args(**settings | overrides))
 
 
-def make_backend(args: Args) -> FSDPBackend:
+def make_backend(args: Args, device: str = "cpu") -> FSDPBackend:
     """This rank's backend, not yet loaded."""
-    return FSDPBackend(args, args, torch.device("cpu"))
+    return FSDPBackend(args, args, torch.device("cpu") if device == "cpu" else torch.device("cuda", dist.get_rank()))
 
 
 def make_recipe(backend: FSDPBackend, args: Args, dump_dir: Path) -> Recipe:

@@ -10,7 +10,7 @@ import pytest
 from slime.arguments import Args
 from slime.config import ConfigError
 from slime.engine.spec import EngineSpec
-from slime.ray.engine_command import engine_client, engine_commands, resolve_engine
+from slime.ray.engine_command import engine_client, engine_commands, resolve_engine, transport_kind
 
 ARGS = Args(train_backend="fsdp")
 
@@ -54,3 +54,30 @@ def test_an_engine_of_somebody_else_is_spoken_to_as_sglang() -> None:
     assert not engine_client(embedded, "http://a:1").is_sglang
     assert engine_client(replace(embedded, rollout_engine="sglang"), "http://a:1").is_sglang
     assert engine_client(replace(embedded, rollout_external_engine_addrs=["a:1"]), "http://a:1").is_sglang
+
+
+ON_GPUS = replace(ARGS, rollout_engine="sglang", rollout_num_gpus_per_engine=2)
+
+
+@pytest.mark.parametrize(
+    ("args", "device", "kind"),
+    [
+        (ON_GPUS, "cuda", "distributed"),
+        (ON_GPUS, "cpu", "disk"),
+        (replace(ON_GPUS, rollout_engine="embedded"), "cuda", "disk"),
+        (replace(ON_GPUS, rollout_external_engine_addrs=["10.0.0.1:30000"]), "cuda", "disk"),
+        (replace(ON_GPUS, sglang_args=["--pp-size", "2"]), "cuda", "disk"),
+        (replace(ON_GPUS, colocate=True, rollout_num_gpus_per_engine=1), "cuda", "tensor"),
+        (replace(ON_GPUS, colocate=True), "cuda", "disk"),
+        (replace(ON_GPUS, colocate=True, rollout_num_gpus_per_engine=1, critic_num_nodes=1), "cuda", "disk"),
+        (replace(ARGS, update_weight_transport="distributed"), "cpu", "distributed"),
+        (replace(ON_GPUS, update_weight_transport="disk"), "cuda", "disk"),
+    ],
+)
+def test_weights_take_the_fastest_way_that_there_is_unless_one_is_named(args: Args, device: str, kind: str) -> None:
+    assert transport_kind(args, device) == kind
+
+
+def test_memory_of_gpus_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match="shares memory of GPUs, and there is none: use disk"):
+        transport_kind(replace(ARGS, update_weight_transport="tensor"), "cpu")

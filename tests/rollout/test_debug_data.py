@@ -22,7 +22,7 @@ def test_what_is_read_again_trains_the_same_bit_for_bit(tmp_path: Path) -> None:
     args = SimpleNamespace(
         load_debug_rollout_data=template,
         load_debug_rollout_data_subsample=None,
-        num_trainers=1,
+        num_data_ranks=1,
         num_steps_per_rollout=1,
     )
     groups = generate_rollout(args, 7, NoPrompts(args)).samples
@@ -55,11 +55,11 @@ def test_a_share_of_the_groups_is_read_spread_over_the_file(tmp_path: Path) -> N
     samples = random_samples(group_sizes=(2,) * 10)
     save_rollout(template, 0, [samples[2 * n : 2 * n + 2] for n in range(10)], weight_version=0)
 
-    def read(share: float | None, num_trainers: int = 1) -> list[int | None]:
+    def read(share: float | None, num_data_ranks: int = 1) -> list[int | None]:
         args = SimpleNamespace(
             load_debug_rollout_data=template,
             load_debug_rollout_data_subsample=share,
-            num_trainers=num_trainers,
+            num_data_ranks=num_data_ranks,
             num_steps_per_rollout=2,
         )
         return [group[0].group_index for group in generate_rollout(args, 0, NoPrompts(args)).samples]
@@ -69,4 +69,4 @@ def test_a_share_of_the_groups_is_read_spread_over_the_file(tmp_path: Path) -> N
     assert read(0.5) == every[::2]
     assert read(0.01) == every[:1]
     with pytest.raises(ValueError, match="--load-debug-rollout-data-subsample leaves 2 samples, the trainers need 4"):
-        read(0.1, num_trainers=2)
+        read(0.1, num_data_ranks=2)

@@ -24,6 +24,7 @@ class Settings:
     rm_timeout_s: float = 30.0
     rm_type: str | None = None
     trust_remote_code: bool = False
+    sglang_model_routers: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,15 @@ def test_teacher_log_probs_are_those_of_the_teacher_alone(settings: Settings, te
     assert run(reward_func(settings, scored)) == 0.0
     expected = plain_grpo.response_log_probs(plain_grpo.load(teacher.model_path), scored, 0.7)
     assert scored.teacher_log_probs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_served_model_named_teacher_is_the_teacher_where_no_address_is_given(settings: Settings) -> None:
+    host, port = str(settings.rm_url).removeprefix("http://").removesuffix("/generate").split(":")
+    served = dataclasses.replace(settings, rm_url=None, sglang_model_routers={"teacher": (host, int(port))})
+    by_name, by_address = sample(), sample()
+    run(reward_func(served, by_name))
+    run(reward_func(settings, by_address))
+    assert by_name.teacher_log_probs == by_address.teacher_log_probs
 
 
 def test_the_rule_still_gives_the_reward(settings: Settings) -> None:

@@ -7,6 +7,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -27,6 +28,7 @@ from slime.rollout.sglang_rollout import (
     generate_and_rm,
     generate_and_rm_group,
     generate_rollout,
+    get_model_url,
 )
 from slime.utils.async_utils import run
 from slime.utils.http_utils import close
@@ -240,3 +242,12 @@ def test_garbage_is_collected_as_often_as_before_after_several_evaluation_sets(
     before = gc.get_threshold()
     evaluated(make_args(*custom("answer"), "--eval-interval", "1", "--eval-prompt-data", "a", path, "b", path))
     assert gc.get_threshold() == before
+
+
+def test_plug_ins_find_each_model_by_its_name(make_args: MakeArgs) -> None:
+    routers = {"student": ("a", 1), "judge": ("b", 2)}
+    args = replace(make_args(), sglang_router_ip="a", sglang_router_port=1, sglang_model_routers=routers)
+    assert get_model_url(args) == get_model_url(args, "student") == "http://a:1/generate"
+    assert get_model_url(args, "judge", "/v1/models") == "http://b:2/v1/models"
+    with pytest.raises(ValueError, match="no model 'ref' is served, there are student, judge"):
+        get_model_url(args, "ref")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from slime.rollout.data_source import DataSource
-from slime.rollout.staleness import staleness, without_stale
+from slime.rollout.staleness import NotOnPolicy, check_on_policy, staleness, without_stale
 from slime.utils.types import Sample
 
 
@@ -88,3 +88,12 @@ def test_without_a_bound_nothing_is_too_old() -> None:
 def test_a_rollout_that_is_too_old_altogether_is_an_error() -> None:
     with pytest.raises(ValueError, match="all 1 groups of rollout 5 .* --max-weight-staleness 2 versions old"):
         without_stale(args(2), 5, [group(0, ["1"])], Returned())
+
+
+def test_on_policy_is_what_the_weights_that_are_trained_have_sampled() -> None:
+    silent = Sample(index=9, weight_versions=[])  # failed before a token came
+    check_on_policy([group(0, ["5"], ["5", "5"]), [silent]], 5)
+    for versions, found in ((["4"], "4"), (["4", "5"], "4, 5"), ([], "no engine that names its version")):
+        message = f"sample 11 was sampled by {found}, the weights that are trained are 5"
+        with pytest.raises(NotOnPolicy, match=message):
+            check_on_policy([group(0, ["5"], ["5"]), group(1, ["5"], versions)], 5)

@@ -21,11 +21,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from slime.engine.client import EngineClient, EngineError
+from slime.utils.async_utils import run
 from slime.utils.http_utils import HTTPError
 from slime.weight_sync import tensor
 from slime.weight_sync.bucket import Bucket
 from slime.weight_sync.check import WeightMismatch
 from slime.weight_sync.disk import DiskTransport
+from slime.weight_sync.distributed import DistributedTransport
 from slime.weight_sync.tensor import TensorTransport
 from slime.weight_sync.update import Transport, send_weights
 
@@ -78,6 +80,8 @@ def bytes_instead_of_handles(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_transport(kind: str, model: Path, folder: Path) -> Transport:
     if kind == "disk":
         return DiskTransport(folder, assets=str(model), is_writer=True)
+    if kind == "distributed":
+        return DistributedTransport(is_sender=True, device=torch.device("cpu"), bucket_bytes=20_000)
     return TensorTransport(rank=0, ranks_per_engine=1, bucket_bytes=20_000)
 
 
@@ -91,21 +95,25 @@ def send(
     check: bool = True,
     kind: str = "disk",
 ) -> list[str]:
-    return send_weights(
+    transport = make_transport(kind, model, folder)
+    lost = send_weights(
         tensors.items(),
-        make_transport(kind, model, folder),
+        transport,
         [EngineClient(url, timeout_s=20.0) for url in engines],
         version=version,
         timeout_s=20.0,
         check_equal=check,
         is_reporter=True,
     )
+    if isinstance(transport, DistributedTransport):
+        run(transport.close())
+    return lost
 
 
-both_transports = pytest.mark.parametrize("kind", ["disk", "tensor"])
+all_transports = pytest.mark.parametrize("kind", ["disk", "tensor", "distributed"])
 
 
-@both_transports
+@all_transports
 def test_an_engine_takes_the_weights_and_counts_the_version(
     engine: EngineUnderTest, model: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -119,7 +127,7 @@ def test_an_engine_takes_the_weights_and_counts_the_version(
     assert log_probs(engine) == before
 
 
-@both_transports
+@all_transports
 def test_a_tensor_larger_than_a_bucket_and_of_another_type_arrives(
     engine: EngineUnderTest, model: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -160,7 +168,7 @@ def test_each_of_two_trainers_gives_its_own_engine_the_weights(
         assert log_probs(engine) == log_probs(second)
 
 
-@both_transports
+@all_transports
 def test_an_engine_that_does_not_answer_is_reported_and_the_others_go_on(
     engine: EngineUnderTest, model: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -195,7 +203,7 @@ def test_a_tensor_that_differs_on_the_other_side_is_named(engine: EngineUnderTes
         )
 
 
-@both_transports
+@all_transports
 def test_weights_that_were_not_sent_are_noticed(
     engine: EngineUnderTest, model: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -206,7 +214,7 @@ def test_weights_that_were_not_sent_are_noticed(
     engine.post("/continue_generation")
 
 
-@both_transports
+@all_transports
 def test_weights_that_the_engine_refuses_end_the_update_with_its_words(
     engine: EngineUnderTest, model: Path, tmp_path: Path, kind: str
 ) -> None:

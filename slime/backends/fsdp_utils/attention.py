@@ -1,6 +1,7 @@
 """Attention over packed sequences, exact: no token sees another sequence. Registered with transformers as "packed".
 
 Shapes: N tokens of S sequences laid end to end, U of them computed; H query heads, K key-value heads, D head width.
+Ranks that share the tokens call it with their L of U = P x L (`ContextGroup`).
 On a GPU this is torch's variable-length kernel, which takes half precision only. Elsewhere sequences of similar length
 are padded on the right and run as one causal batch: under a causal mask what stands to the right cannot reach a token.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from slime.backends.fsdp_utils.context_parallel import ContextGroup
 from slime.backends.fsdp_utils.prompt_sharing import Sharing
 
 NAME = "packed"
@@ -44,6 +46,7 @@ class Packing:
     sequence_lengths: list[int]
     device: torch.device
     sharing: Sharing | None = None
+    context: ContextGroup | None = None  # who computes the tokens that `sharing` names, in its order
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -92,24 +95,29 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence, as transformers calls it.
 
-    query: [1, H, U, D]; key, value: [1, K, U, D]. Returns [1, U, H, D].
+    query: [1, H, U, D]; key, value: [1, K, U, D]. Returns [1, U, H, D]. Raises ValueError for what it does not do:
+    capped scores (softcap), sinks (s_aux), a model that does not hand on its keyword arguments.
     """
     if packing is None:
         raise ValueError(
             f"{type(module).__name__} does not hand its keyword arguments to attention: packed sequences would leak. "
             "Choose another --attn-implementation."
         )
-    if softcap is not None:
-        raise ValueError(f"{type(module).__name__} caps attention scores, which --attn-implementation packed does not.")
+    if softcap is not None or s_aux is not None:
+        wants = "caps attention scores" if s_aux is None else "has attention sinks"
+        raise ValueError(f"{type(module).__name__} {wants}, which --attn-implementation packed cannot do.")
     window = sliding_window if sliding_window and max(packing.sequence_lengths) > sliding_window else None
-    if query.device.type == "cpu" or query.dtype == torch.float32:
-        return _bucketed(query, key, value, packing, scaling, window), None
-    return _varlen(query, key, value, packing, scaling, window), None
+    if packing.context is not None:
+        query, key, value = packing.context.to_heads(query, key, value)
+    attend = _bucketed if query.device.type == "cpu" or query.dtype == torch.float32 else _varlen
+    out = attend(query, key, value, packing, scaling, window)
+    return out if packing.context is None else packing.context.to_tokens(out), None
 
 
 def _bucketed(

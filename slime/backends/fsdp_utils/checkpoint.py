@@ -40,10 +40,15 @@ class CheckpointError(ValueError):
 
 
 class Meta(NamedTuple):
-    """What a checkpoint says of itself. num_steps: optimizer steps taken so far."""
+    """What a checkpoint says of itself.
+
+    num_steps: of the optimizer. loss_scale: of float16, and its good steps. schedule: of the learning rate.
+    """
 
     rollout_id: int
     num_steps: int
+    loss_scale: tuple[float, int] | None = None
+    schedule: dict[str, Any] | None = None
 
 
 def find_checkpoint(root: str | None, step: int | None) -> Path | None:
@@ -81,37 +86,48 @@ def is_complete(folder: Path) -> bool:
     return (folder / "meta.json").is_file()
 
 
-def save(
-    root: str,
-    meta: Meta,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    *,
-    copies: Mapping[str, nn.Module] | None = None,
-) -> None:
+class Content(NamedTuple):
+    """What is written of a run. parts: state dicts by the folder of each. rng: of torch."""
+
+    meta: Meta
+    parts: dict[str, dict[str, Any]]
+    rng: torch.Tensor
+
+
+def content_of(
+    meta: Meta, model: nn.Module, optimizer: torch.optim.Optimizer | None, copies: Mapping[str, nn.Module]
+) -> Content:
+    """The state as it is now, not copied. optimizer: None leaves it out. copies: further models, by name."""
+    members = {"model": model, **copies}
+    parts: dict[str, dict[str, Any]] = {part: {"model": get_model_state_dict(m)} for part, m in members.items()}
+    if optimizer is not None:
+        parts["optimizer"] = {"optimizer": _optimizer_state(model, optimizer)}
+    return Content(meta, parts, torch.get_rng_state())
+
+
+def save(root: str, content: Content, *, group: dist.ProcessGroup | None = None) -> None:
     """Write a checkpoint beside, make it durable, then rename it. A collective; the tracker moves last.
 
-    optimizer: None leaves it out. copies: further models, by the folder to write them to.
+    group: of all ranks, where others may talk through the default one meanwhile.
     """
-    final = iteration_folder(root, meta.rollout_id)
+    final = iteration_folder(root, content.meta.rollout_id)
     temporary = final.with_name("." + final.name + ".tmp")
     on_first = dist.get_rank() == 0
     if on_first:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_over in Path(root).glob(".iter_*.tmp"):
+            shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir(parents=True)
-    dist.barrier()
+    dist.barrier(group)
     with _whole_or_nothing(final, temporary):
-        for part, member in {"model": model, **(copies or {})}.items():
-            dcp.save({"model": get_model_state_dict(member)}, checkpoint_id=temporary / part)
-        if optimizer is not None:
-            dcp.save({"optimizer": _optimizer_state(model, optimizer)}, checkpoint_id=temporary / "optimizer")
+        for part, state in content.parts.items():
+            dcp.save(state, checkpoint_id=temporary / part, process_group=group)
         if on_first:
-            torch.save({"torch": torch.get_rng_state()}, temporary / "rng.pt")
-            (temporary / "meta.json").write_text(json.dumps(meta._asdict()))
+            torch.save({"torch": content.rng}, temporary / "rng.pt")
+            (temporary / "meta.json").write_text(json.dumps(content.meta._asdict()))
             fsync_tree(temporary)
             replace_directory(temporary, final)
-            write_text_atomically(Path(root) / TRACKER, str(meta.rollout_id))
-    dist.barrier()
+            write_text_atomically(Path(root) / TRACKER, str(content.meta.rollout_id))
+    dist.barrier(group)
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,7 +41,11 @@ def _own_tensors(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """Gathered on the device of its mesh, also where the shards lie on the host."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    device = tensor.device_mesh.device_type
+    return tensor.full_tensor() if tensor.device.type == device else cast(DTensor, tensor.to(device)).full_tensor()
 
 
 def _under_checkpoint_names(lm: PreTrainedModel, bucket: dict[str, Tensor]) -> Iterator[NamedTensor]:

@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from slime.config import OptimizerConfig
+
+logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT", bound=OptimizerConfig)
+_OF_WARMUP = ("lr", "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_init", "lr_decay_style")
+_OF_DECAY = ("min_lr", "lr_decay_iters", "lr_wsd_decay_iters", "lr_wsd_decay_style")
+
+
+def schedule_of(cfg: OptimizerConfig, total_steps: int) -> dict[str, Any]:
+    """The schedule of a run of `total_steps` as settings, for its checkpoints."""
+    settings = {name: getattr(cfg, name) for name in _OF_WARMUP + _OF_DECAY}
+    return settings | {"lr_decay_iters": cfg.lr_decay_iters or total_steps}
+
+
+def continued(cfg: ConfigT, saved: dict[str, Any] | None, total_steps: int) -> ConfigT:
+    """`cfg` with the schedule that counts for a run that continues: the settings', or that of its checkpoint, `saved`.
+
+    Warns where the settings' differs and nobody said that it may.
+    """
+    if saved is None:
+        return cfg
+    if cfg.use_checkpoint_lr_scheduler:
+        return replace(cfg, **saved)
+    given = schedule_of(cfg, total_steps)
+    is_constant = given["lr_decay_style"] == saved["lr_decay_style"] == "constant"
+    names = [name for name in (_OF_WARMUP if is_constant else _OF_WARMUP + _OF_DECAY) if given[name] != saved[name]]
+    if names and not cfg.override_lr_scheduler:
+        changes = ", ".join(f"{name} {given[name]} (was {saved[name]})" for name in names)
+        logger.warning("the schedule is not the checkpoint's: %s. See --use-checkpoint-lr-scheduler", changes)
+    return cfg
 
 
 def learning_rate(step: int, cfg: OptimizerConfig, total_steps: int) -> float:

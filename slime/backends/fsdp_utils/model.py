@@ -1,6 +1,7 @@
 """A Hugging Face causal LM that answers with per-token log-probs instead of logits, sharded by FSDP2.
 
-Shapes: N packed tokens, T response tokens, C tokens of one chunk, V vocabulary, E model width.
+Shapes: N packed tokens, T response tokens, O of them this rank's (all, but for context parallelism), V vocabulary,
+E model width.
 """
 
 from __future__ import annotations
@@ -8,20 +9,23 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from slime.backends.fsdp_utils import attention
+from slime.backends.fsdp_utils.arguments import FSDPConfig
+from slime.backends.fsdp_utils.context_parallel import ContextGroup
 from slime.backends.fsdp_utils.prompt_sharing import shared_prompts
 from slime.backends.fsdp_utils.target_log_probs import LogitRule, target_log_probs
 from slime.data.packed import PackedBatch
@@ -34,10 +38,18 @@ class TokenModel(nn.Module):
     A loss that asks for the logits themselves has them all at once.
     """
 
-    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_size: int, share_prompts: bool = True) -> None:
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        *,
+        temperature: float,
+        chunk_size: int,
+        share_prompts: bool = True,
+        context: ContextGroup | None = None,
+    ) -> None:
         """temperature: logits are divided by it. chunk_size: tokens whose logits are held at once.
 
-        share_prompts: compute equal prompts of a pack once, where attention is ours.
+        share_prompts: compute equal prompts of a pack once, where attention is ours. context: who shares its tokens.
         """
         super().__init__()
         if not isinstance(lm.get_output_embeddings(), nn.Linear):
@@ -45,17 +57,23 @@ class TokenModel(nn.Module):
         self.lm = lm
         self.rule = LogitRule(temperature, _logit_softcap(lm), chunk_size)
         self.share_prompts = share_prompts
+        self.context = context
 
     def forward(self, batch: PackedBatch, wants: Wants) -> TokenOutputs:
         """Outputs [T] for `batch`, which lies on the model's device."""
-        hidden_T = target_hidden(self.lm.get_decoder(), batch, share_prompts=self.share_prompts)
+        head = partial(self._head, wants=wants)
+        return target_outputs(
+            self.lm.get_decoder(), batch, head, share_prompts=self.share_prompts, context=self.context
+        )
+
+    def _head(self, hidden_O: Tensor, targets_O: Tensor, *, wants: Wants) -> TokenOutputs:
         head = cast(nn.Linear, self.lm.get_output_embeddings())
         if wants.logits:
-            logits_TV = self._logits(head(hidden_T).float())
-            log_probs_T, entropy_T = _of_targets(logits_TV, batch.targets, wants.entropy)
-            return TokenOutputs(log_probs_T, entropy_T, logits=logits_TV)
-        log_probs_T, entropy_T = target_log_probs(hidden_T, head, batch.targets, self.rule, entropy=wants.entropy)
-        return TokenOutputs(log_probs_T, entropy_T)
+            logits_OV = self._logits(head(hidden_O).float())
+            log_probs_O, entropy_O = _of_targets(logits_OV, targets_O, wants.entropy)
+            return TokenOutputs(log_probs_O, entropy_O, logits=logits_OV)
+        log_probs_O, entropy_O = target_log_probs(hidden_O, head, targets_O, self.rule, entropy=wants.entropy)
+        return TokenOutputs(log_probs_O, entropy_O)
 
     def _logits(self, logits_TV: Tensor) -> Tensor:
         if self.rule.softcap is not None:
@@ -63,25 +81,40 @@ class TokenModel(nn.Module):
         return logits_TV if self.rule.temperature == 1.0 else logits_TV / self.rule.temperature
 
 
-def target_hidden(decoder: nn.Module, batch: PackedBatch, *, share_prompts: bool) -> Tensor:
-    """[T, E] what predicts each response token.
+def target_outputs(
+    decoder: nn.Module,
+    batch: PackedBatch,
+    head: Callable[[Tensor, Tensor], TokenOutputs],
+    *,
+    share_prompts: bool,
+    context: ContextGroup | None,
+) -> TokenOutputs:
+    """What `head` says of each response token, [T], from (hidden states before them [O, E], these tokens [O]).
 
-    share_prompts: compute equal prompts once, where attention is ours.
+    share_prompts: compute equal prompts once, where attention is ours. context: who shares the tokens; it must be ours.
     """
     is_packed = cast(PreTrainedModel, decoder).config._attn_implementation == attention.NAME
     sharing = shared_prompts(batch) if share_prompts and is_packed else None
     input_ids, position_ids, source_T = batch.input_ids, batch.position_ids, batch.target_index - 1
+    if context is not None:
+        sharing = context.deal(sharing, len(input_ids), input_ids.device)
     if sharing is not None:
-        input_ids, position_ids = input_ids[sharing.first], position_ids[sharing.first]
+        first = sharing.first if context is None else context.share(sharing.first)
+        input_ids, position_ids = input_ids[first], position_ids[first]
         source_T = sharing.place[source_T]
     output = decoder(
         input_ids=input_ids[None],
         position_ids=position_ids[None],
         attention_mask=None,
         use_cache=False,  # with a cache transformers would take the pack for one sequence
-        packing=attention.Packing(batch.sequence_lengths, batch.input_ids.device, sharing),
+        packing=attention.Packing(batch.sequence_lengths, batch.input_ids.device, sharing, context),
     )
-    return cast(Tensor, output.last_hidden_state)[0].index_select(0, source_T)
+    hidden = cast(Tensor, output.last_hidden_state)[0]
+    if context is None:
+        return head(hidden.index_select(0, source_T), batch.targets)
+    own = (source_T // len(hidden) == context.rank).nonzero()[:, 0]
+    outputs = head(hidden.index_select(0, source_T[own] % len(hidden)), batch.targets[own])
+    return context.complete(outputs, own, len(source_T))
 
 
 def _of_targets(logits_TV: Tensor, targets_T: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -100,19 +133,28 @@ def _logit_softcap(lm: PreTrainedModel) -> float | None:
     return config.get("final_logit_softcapping")
 
 
-def compute_dtype(bf16: bool | None, device: torch.device) -> torch.dtype:
-    """Of parameters in forward and backward: bfloat16 where asked for, by default on GPUs. Else all is float32."""
-    wants_bf16 = device.type == "cuda" if bf16 is None else bf16
+def compute_dtype(fsdp: FSDPConfig, device: torch.device) -> torch.dtype:
+    """Of parameters in forward and backward: half precision where asked for, bfloat16 by default on GPUs."""
+    if fsdp.fp16:
+        return torch.float16
+    wants_bf16 = device.type == "cuda" if fsdp.bf16 is None else fsdp.bf16
     return torch.bfloat16 if wants_bf16 else torch.float32
 
 
-def load_causal_lm(directory: str, *, attn_implementation: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a Hugging Face directory in float32 on the CPU.
+def load_causal_lm(
+    directory: str,
+    *,
+    attn_implementation: str,
+    experts_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a Hugging Face directory in float32 on the CPU. experts_implementation: None: transformers' own.
 
     Raises ValueError, naming the tensor, where weights are missing or do not fit the config.
     """
     attention.register_packed_attention()
     loader: Any = AutoModelForCausalLM
+    experts = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     with _errors_that_name(directory):
         lm, info = loader.from_pretrained(
             directory,
@@ -121,6 +163,7 @@ def load_causal_lm(directory: str, *, attn_implementation: str, trust_remote_cod
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **experts,
         )
     if info["mismatched_keys"]:
         name, found, wanted = sorted(info["mismatched_keys"])[0]
@@ -157,12 +200,40 @@ def empty_like(lm: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, twin)
 
 
-def shard(model: nn.Module, layers: list[nn.Module], *, mesh: DeviceMesh, compute: torch.dtype) -> None:
-    """FSDP2, in place: one group for each of the `layers`, one for the rest (embeddings, final norm, head)."""
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+class ShardOptions(NamedTuple):
+    """How FSDP2 holds a model and computes with it."""
+
+    mesh: DeviceMesh
+    mp_policy: MixedPrecisionPolicy
+    offload_policy: OffloadPolicy
+
+    def float32(self) -> ShardOptions:
+        """The same in float32 throughout."""
+        return self._replace(mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
+
+
+def shard_options(fsdp: FSDPConfig, mesh: DeviceMesh, device: torch.device) -> ShardOptions:
+    """What the settings say. Host memory is page-locked where there is a GPU."""
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if fsdp.fsdp_cpu_offload else OffloadPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(fsdp, device), reduce_dtype=torch.float32)
+    return ShardOptions(mesh, policy, offload)
+
+
+def shard(model: nn.Module, layers: list[nn.Module], options: ShardOptions, *, reshard_after_forward: bool) -> None:
+    """FSDP2, in place: one group for each of the `layers`, one for the rest (embeddings, final norm, head).
+
+    Each group moves to the device, or the shard of it to the host, before the next.
+    """
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, **options._asdict(), reshard_after_forward=reshard_after_forward)
+    fully_shard(model, **options._asdict())
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights: FSDP keeps some for a backward, which does not come after a forward alone."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def wants_compilation(torch_compile: bool | None, device: torch.device) -> bool:

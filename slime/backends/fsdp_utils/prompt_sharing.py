@@ -24,7 +24,7 @@ from slime.data.packed import PackedBatch
 class Sharing(NamedTuple):
     """Which tokens of a pack are computed, and where each token finds its activations. See the example above."""
 
-    first: Tensor  # int64 [U], ascending
+    first: Tensor  # int64 [U]: ascending, or rank by rank where several ranks compute them
     place: Tensor  # int64 [N] in [0, U)
 
 

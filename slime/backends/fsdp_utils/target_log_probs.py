@@ -33,11 +33,11 @@ def target_log_probs(
 
 
 def chunk_logits(hidden_CE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, rule: LogitRule) -> Tensor:
-    """float32 [C, V]; on a GPU products of half precision are not rounded to it."""
+    """float32 [C, V]; products of half precision are not rounded to it."""
     if hidden_CE.is_cuda and hidden_CE.dtype != torch.float32:
         logits_CV = torch.mm(hidden_CE, weight_VE.t(), out_dtype=torch.float32)
     else:
-        logits_CV = torch.mm(hidden_CE, weight_VE.t()).float()
+        logits_CV = torch.mm(hidden_CE.float(), weight_VE.t().float())
     if bias_V is not None:
         logits_CV.add_(bias_V)
     if rule.softcap is not None:

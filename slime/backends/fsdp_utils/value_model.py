@@ -1,16 +1,17 @@
-"""A critic: the decoder of any Hugging Face causal LM under a linear head. Shapes: T response tokens, E model width."""
+"""A critic: the decoder of any Hugging Face causal LM under a linear head. Shapes: T response
+tokens, O of them this rank's, E model width."""
 
 from __future__ import annotations
 
 from typing import cast
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from slime.backends.fsdp_utils.model import shard, target_hidden
+from slime.backends.fsdp_utils.context_parallel import ContextGroup
+from slime.backends.fsdp_utils.model import ShardOptions, shard, target_outputs
 from slime.data.packed import PackedBatch
 from slime.training.backend import TokenOutputs, Wants
 
@@ -18,11 +19,12 @@ from slime.training.backend import TokenOutputs, Wants
 class ValueModel(nn.Module):
     """What is still to be expected before each response token of a packed batch; of a new critic, 0 everywhere."""
 
-    def __init__(self, lm: PreTrainedModel, *, share_prompts: bool = True) -> None:
-        """Takes the decoder of `lm` and leaves its own head. share_prompts: compute equal prompts of a pack once."""
+    def __init__(self, lm: PreTrainedModel, *, share_prompts: bool = True, context: ContextGroup | None = None) -> None:
+        """Takes the decoder of `lm` and leaves its own head. share_prompts, context: as a `TokenModel`'s."""
         super().__init__()
         self.decoder = cast(nn.Module, lm.get_decoder())
         self.share_prompts = share_prompts
+        self.context = context
         width = lm.config.get_text_config().hidden_size
         self.head = nn.utils.skip_init(nn.Linear, width, 1)
         nn.init.zeros_(self.head.weight)
@@ -30,12 +32,16 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: PackedBatch, wants: Wants) -> TokenOutputs:
         """Values [T] for `batch`, which lies on the model's device; there is nothing else to want."""
-        hidden_T = target_hidden(self.decoder, batch, share_prompts=self.share_prompts)
-        values_T = self.head(hidden_T.float()).squeeze(-1).clone()  # no view: FSDP hangs its hooks on outputs
-        return TokenOutputs(torch.zeros_like(values_T), values=values_T)
+        return target_outputs(self.decoder, batch, self._head, share_prompts=self.share_prompts, context=self.context)
+
+    def _head(self, hidden_O: Tensor, targets_O: Tensor) -> TokenOutputs:
+        values_O = self.head(hidden_O.float()).squeeze(-1).clone()  # no view: FSDP hangs its hooks on outputs
+        return TokenOutputs(torch.zeros_like(values_O), values=values_O)
 
 
-def shard_critic(model: ValueModel, layers: list[nn.Module], *, mesh: DeviceMesh, compute: torch.dtype) -> None:
+def shard_critic(
+    model: ValueModel, layers: list[nn.Module], options: ShardOptions, *, reshard_after_forward: bool
+) -> None:
     """FSDP2, in place. The head is small and its output is regressed on: it computes in float32."""
-    fully_shard(model.head, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
-    shard(model, layers, mesh=mesh, compute=compute)
+    fully_shard(model.head, **options.float32()._asdict())
+    shard(model, layers, options, reshard_after_forward=reshard_after_forward)

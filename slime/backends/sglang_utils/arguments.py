@@ -8,12 +8,14 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from slime.config.base import ConfigError
+from slime.config.base import ConfigError, flag_of
+from slime.config.flags import as_tokens
 
 # Flags that slime sets, with the setting to use instead.
 FLAGS_SET_BY_SLIME = {
@@ -27,7 +29,7 @@ FLAGS_SET_BY_SLIME = {
     "--device": "--device",
     "--disaggregation-mode": "--prefill-num-servers",
     "--disaggregation-bootstrap-port": None,
-    "--config": "--sglang-X flags, or keys of the --config file",
+    "--config": "--sglang-config, --sglang-X flags, or keys of the --config file",
     "--weight-version": None,
     "--host": None,
     "--port": None,
@@ -106,6 +108,21 @@ def check_flags(tokens: list[str], known: Iterable[str], *, is_complete: bool) -
             raise ConfigError(f"Unknown setting --sglang-{name[2:]}. Did you mean --sglang-{near[0][2:]}?")
         if is_complete:
             raise ConfigError(f"Unknown setting --sglang-{name[2:]}: the SGLang that is installed has no {name}.")
+
+
+def overridden(tokens: list[str], overrides: Mapping[str, Any]) -> list[str]:
+    """`tokens`, such as `--flag value`, with `overrides` in place of their own; one that is off is left out.
+
+    overrides: by name, as `mem_fraction_static`.
+    """
+    flags = {flag_of(name) for name in overrides}
+    kept: list[str] = []
+    is_kept = True
+    for token in tokens:
+        if token.startswith("--"):
+            is_kept = token.partition("=")[0] not in flags
+        kept += [token] if is_kept else []
+    return kept + [part for name, value in overrides.items() for part in as_tokens(flag_of(name), value)]
 
 
 def value_of(tokens: list[str], *flags: str) -> str | None:

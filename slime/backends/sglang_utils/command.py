@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from slime.backends.sglang_utils.arguments import tensor_parallel_size
+from slime.backends.sglang_utils.arguments import overridden, tensor_parallel_size
 from slime.config.run import RunConfig
 from slime.engine.spec import HEAD, HOST, PORT, EngineCommand, EngineSpec
 
@@ -22,11 +22,12 @@ CONTEXT_MARGIN = 8
 
 def sglang_commands(config: RunConfig, spec: EngineSpec) -> list[EngineCommand]:
     """One process per node of the engine, the first being the one that listens. Raises ConfigError."""
+    user_flags = overridden(config.sglang_args, spec.overrides)
     settings = {
         "--model-path": spec.model_path,
         "--host": HOST,
         "--port": PORT,
-        "--tp-size": str(tensor_parallel_size(config.sglang_args, spec.num_slots)),
+        "--tp-size": str(tensor_parallel_size(user_flags, spec.num_slots)),
         "--random-seed": str(config.rollout_seed + spec.index),  # with one seed, engines would draw the same
         "--weight-version": spec.weight_version,
     }
@@ -36,13 +37,13 @@ def sglang_commands(config: RunConfig, spec: EngineSpec) -> list[EngineCommand]:
         settings["--device"] = "cpu"
     flags = [part for item in settings.items() for part in item] + ["--skip-server-warmup"]
     flags += ["--trust-remote-code"] if config.trust_remote_code else []
-    flags += ["--enable-memory-saver"] if config.offload_rollout and spec.device == "cuda" else []
+    flags += _memory(config, spec)
     if spec.role != "regular":
         flags += ["--disaggregation-mode", spec.role]
     if spec.bootstrap_port is not None:
         flags += ["--disaggregation-bootstrap-port", str(spec.bootstrap_port)]
     python = config.sglang_python or sys.executable
-    user_flags = config.sglang_args + _context(config)
+    user_flags += _context(config, spec)
     return [
         EngineCommand(
             [python, "-m", "sglang.launch_server", *flags, *_place(rank, spec.num_nodes), *user_flags],
@@ -52,9 +53,16 @@ def sglang_commands(config: RunConfig, spec: EngineSpec) -> list[EngineCommand]:
     ]
 
 
-def _context(config: RunConfig) -> list[str]:
+def _memory(config: RunConfig, spec: EngineSpec) -> list[str]:
+    """An engine that gives its memory up gets its weights from the trainers afterwards; a frozen one keeps a copy."""
+    if not (config.offload_rollout and spec.device == "cuda"):
+        return []
+    return ["--enable-memory-saver", *(["--enable-weights-cpu-backup"] if spec.is_frozen else [])]
+
+
+def _context(config: RunConfig, spec: EngineSpec) -> list[str]:
     """A context in which all of ours can be used; it wins over --sglang-context-length, which ours follows from."""
-    context = config.rollout_max_context_len
+    context = None if spec.is_frozen else config.rollout_max_context_len
     return [] if context is None else ["--context-length", str(context + CONTEXT_MARGIN)]
 
 
@@ -71,6 +79,6 @@ def _environment(config: RunConfig, spec: EngineSpec) -> dict[str, str]:
         environment["PYTHONPATH"] = ""  # ours would bring our packages into an interpreter that has its own
     if spec.device == "cpu":
         environment["OMP_NUM_THREADS"] = str(spec.num_threads)
-    if _context(config):
+    if _context(config, spec):
         environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     return environment

@@ -84,11 +84,9 @@ class WeightRoutes:
         )
 
     async def leave_group(self, http: HTTPRequest) -> Response:
-        """Leaves a process group."""
+        """Leaves a process group, and with it what the engine's thread may wait for."""
         name = parse_json(await http.body()).get("group_name", "weight_update_group")
-        return await _outcome(
-            self._engine.run(lambda: self._groups.leave(name)), "Succeeded to destroy custom process group."
-        )
+        return await _outcome(asyncio.to_thread(self._groups.leave, name), "Succeeded to destroy custom process group.")
 
     async def release_memory(self, http: HTTPRequest) -> Response:
         """Frees weights, cache, or both."""

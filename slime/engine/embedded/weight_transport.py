@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import pickle
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,15 +18,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, rendezvous
+from torch.distributed.distributed_c10d import rendezvous
 from torch.multiprocessing import reductions
 
 from slime.engine.embedded.weights import WeightsRefused
+from slime.utils.distributed import join_group, leave_group
 
 NamedTensors = list[tuple[str, Tensor]]
 
 GROUP_TIMEOUT = timedelta(seconds=300)
 """How long a group waits for its other members, at its start and in each broadcast."""
+
+POLL_S = 0.0005
+"""Between two looks at a broadcast."""
 
 SAFE_MODULES = ("torch", "collections", "multiprocessing.reduction", "multiprocessing.resource_sharer")
 SAFE_BUILTINS = {
@@ -124,34 +131,23 @@ class UpdateGroups:
         self._groups: dict[str, ProcessGroup] = {}
 
     def join(self, name: str, *, address: str, rank: int, world_size: int, backend: str) -> None:
-        """Joins a group; returns once all members have. Raises WeightsRefused if they do not in time.
-
-        A group beside (here: without) the default one has no public constructor in torch 2.11 to 2.13; trainers
-        everywhere make it as below, and the names of keys in the store must agree.
-        """
+        """Joins a group; returns once all members have. Raises WeightsRefused if they do not in time."""
         if name in self._groups:
             raise WeightsRefused(f"the weight-update group {name!r} exists already.")
         try:
             store, rank, world_size = next(rendezvous(address, rank, world_size, timeout=GROUP_TIMEOUT))
             store.set_timeout(GROUP_TIMEOUT)
-            group, _ = _new_process_group_helper(
-                world_size,
-                rank,
-                [],
-                Backend(backend),
-                PrefixStore(name, store),
-                group_name=cast(Any, name),
-                backend_options=None,
-                timeout=GROUP_TIMEOUT,
+            self._groups[name] = join_group(
+                name, store=store, rank=rank, world_size=world_size, backend=backend, timeout=GROUP_TIMEOUT
             )
         except (RuntimeError, ValueError) as error:
             raise WeightsRefused(f"the weight-update group {name!r} could not be joined: {error}") from error
-        self._groups[name] = group
 
     def leave(self, name: str) -> None:
-        """Forgets a group. Raises WeightsRefused where there is none."""
-        self._group(name).shutdown()
+        """Forgets a group, also while another thread receives in it. Raises WeightsRefused where there is none."""
+        group = self._group(name)
         del self._groups[name]
+        leave_group(group)
 
     def receive(
         self, name: str, names: list[str], dtypes: list[str], shapes: list[list[int]], *, flattened: bool
@@ -161,33 +157,49 @@ class UpdateGroups:
         types = [_dtype(dtype) for dtype in dtypes]
         try:
             if flattened:
-                return self._receive_bucket(group, names, types, shapes)
+                return self._receive_bucket(name, names, types, shapes)
             tensors = [
                 torch.empty(shape, dtype=dtype, device=self._device) for dtype, shape in zip(types, shapes, strict=True)
             ]
-            works = [group.broadcast(tensor, 0) for tensor in tensors]
-            for work in works:
-                work.wait()
+            self._wait(name, group, [group.broadcast(tensor, 0) for tensor in tensors])
         except RuntimeError as error:
             raise WeightsRefused(f"the broadcast in group {name!r} failed: {error}") from error
         return list(zip(names, tensors, strict=True))
 
     def _receive_bucket(
-        self, group: ProcessGroup, names: list[str], types: list[torch.dtype], shapes: list[list[int]]
+        self, group_name: str, names: list[str], types: list[torch.dtype], shapes: list[list[int]]
     ) -> NamedTensors:
         sizes = [torch.Size(shape).numel() * dtype.itemsize for dtype, shape in zip(types, shapes, strict=True)]
         bucket = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
-        group.broadcast(bucket, 0).wait()
+        group = self._group(group_name)
+        self._wait(group_name, group, [group.broadcast(bucket, 0)])
         parts = bucket.split(sizes)
         return [
             (name, _cut(part, dtype, shape))
             for name, part, dtype, shape in zip(names, parts, types, shapes, strict=True)
         ]
 
+    def _wait(self, name: str, group: ProcessGroup, works: list[Any]) -> None:
+        """Until all that was begun has come. Raises WeightsRefused if the group is left meanwhile."""
+        while not all(work.is_completed() for work in works):
+            if name not in self._groups:
+                threading.Thread(target=_outlive, args=(group, works), daemon=True).start()
+                raise WeightsRefused(f"the weight-update group {name!r} was left in the middle of a broadcast.")
+            time.sleep(POLL_S)
+        for work in works:
+            work.wait()
+
     def _group(self, name: str) -> ProcessGroup:
         if name not in self._groups:
             raise WeightsRefused(f"there is no weight-update group {name!r}; POST /init_weights_update_group first.")
         return self._groups[name]
+
+
+def _outlive(group: ProcessGroup, works: list[Any]) -> None:
+    """Hold a group until what was begun in it has ended: gloo's destructor waits for that, and stops every thread."""
+    for work in works:
+        with contextlib.suppress(RuntimeError):
+            work.wait()
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -95,3 +95,8 @@ def test_a_model_that_swallows_keyword_arguments_is_refused() -> None:
 def test_capped_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="caps attention scores"):
         packed_attention(nn.Module(), *qkv(4), None, softcap=30.0, packing=Packing([4], CPU))
+
+
+def test_attention_sinks_are_refused() -> None:
+    with pytest.raises(ValueError, match="has attention sinks"):
+        packed_attention(nn.Module(), *qkv(4), None, s_aux=torch.zeros(4), packing=Packing([4], CPU))

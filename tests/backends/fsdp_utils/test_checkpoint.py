@@ -96,6 +96,16 @@ def test_settings_win_over_the_optimizers_of_the_checkpoint(model: Path, tmp_pat
     assert {group["betas"] for group in loaded.optimizer.param_groups} == {(0.9, 0.99)}
 
 
+def test_the_schedule_of_the_checkpoint_goes_on_where_that_is_asked_for(model: Path, tmp_path: Path) -> None:
+    trained(model, tmp_path, save=str(tmp_path), lr=0.5, lr_decay_style="linear").save(0)
+    flags = {"load": str(tmp_path), "lr": 1e-3}
+    for settings, lr in (({}, 1e-3), ({"use_checkpoint_lr_scheduler": True}, 0.5 * (1 - 1 / 10))):
+        backend = make_backend(settings_for(model, **flags | settings))
+        backend.load()
+        metrics = make_recipe(backend, backend.run, tmp_path).train(1, random_batch(seed=1))  # type: ignore[arg-type]
+        assert metrics["train/lr-pg_0"] == pytest.approx(lr)
+
+
 def test_finetune_takes_the_weights_only(model: Path, tmp_path: Path) -> None:
     saved = trained(model, tmp_path, save=str(tmp_path))
     saved.save(5)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slime.backends.fsdp_utils.lr_schedule import learning_rate
+from slime.backends.fsdp_utils.lr_schedule import continued, learning_rate, schedule_of
 from slime.config import OptimizerConfig
+from slime.config.base import ConfigError
 
 LR, MIN_LR, D, W = 1.0, 0.1, 100, 10
 
@@ -81,3 +84,43 @@ def test_the_rate_stays_between_its_bounds(style: str, step: int, warmup: int, d
 def test_the_decay_takes_the_whole_run_unless_told_otherwise() -> None:
     assert rate(199, "linear", total_steps=200) > rate(299, "linear", total_steps=200) == MIN_LR
     assert rate(50, "linear", total_steps=200, lr_decay_iters=50) == MIN_LR
+
+
+# --- a run that continues
+
+
+def rates(cfg: OptimizerConfig, total_steps: int) -> list[float]:
+    return [learning_rate(step, cfg, total_steps) for step in range(total_steps)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_schedule_of_a_checkpoint_can_be_kept_whatever_the_settings_say(style: str) -> None:
+    old = OptimizerConfig(lr=LR, min_lr=MIN_LR, lr_warmup_iters=3, lr_decay_style=style)
+    saved = json.loads(json.dumps(schedule_of(old, 20)))  # as a checkpoint holds it
+    new = OptimizerConfig(lr=5.0, lr_warmup_fraction=0.5, lr_decay_style="cosine", use_checkpoint_lr_scheduler=True)
+    kept = continued(new, saved, total_steps=40)
+    assert rates(kept, 40)[:20] == rates(old, 20)
+    assert kept.use_checkpoint_lr_scheduler, "other settings stay"
+
+
+def test_settings_win_and_a_change_is_named_unless_it_is_meant(caplog: pytest.LogCaptureFixture) -> None:
+    saved = schedule_of(OptimizerConfig(lr=LR, lr_decay_style="linear"), 20)
+    new = OptimizerConfig(lr=0.5, lr_decay_style="linear")
+    assert continued(new, saved, total_steps=40) is new
+    assert "lr 0.5 (was 1.0), lr_decay_iters 40 (was 20)" in caplog.text
+    caplog.clear()
+    continued(replace(new, override_lr_scheduler=True), saved, total_steps=40)
+    continued(OptimizerConfig(lr=LR, lr_decay_style="linear"), saved, total_steps=20)
+    continued(new, None, total_steps=20)  # a checkpoint from before schedules were written down
+    assert caplog.text == ""
+
+
+def test_a_constant_rate_does_not_care_how_long_the_run_is(caplog: pytest.LogCaptureFixture) -> None:
+    cfg = OptimizerConfig(lr=LR)
+    continued(cfg, schedule_of(cfg, 20), total_steps=40)
+    assert caplog.text == ""
+
+
+def test_one_schedule_is_chosen() -> None:
+    with pytest.raises(ConfigError, match="--override-lr-scheduler must be left out with --use-checkpoint-lr-"):
+        OptimizerConfig(use_checkpoint_lr_scheduler=True, override_lr_scheduler=True)

@@ -38,6 +38,23 @@ def test_engines_that_sleep_on_a_gpu_can_release_memory() -> None:
     assert on_cpu.env["OMP_NUM_THREADS"] == "5"
 
 
+def test_a_frozen_engine_that_sleeps_keeps_its_weights_and_its_own_context() -> None:
+    argv = command(replace(SPEC, is_frozen=True), offload_rollout=True, rollout_max_context_len=64).argv
+    assert {"--enable-memory-saver", "--enable-weights-cpu-backup"} <= set(argv)
+    assert "--context-length" not in argv
+    assert "--enable-weights-cpu-backup" not in command(offload_rollout=True).argv
+
+
+def test_what_a_group_overrides_wins_over_what_all_engines_are_told() -> None:
+    overrides = {"mem_fraction_static": 0.8, "disable_radix_cache": False, "pp_size": 2, "json": {"a": 1}}
+    given = ["--mem-fraction-static=0.5", "--disable-radix-cache", "--cuda-graph-bs", "1", "2"]
+    argv = command(replace(SPEC, overrides=overrides), sglang_args=given).argv
+    wanted = ["--cuda-graph-bs", "1", "2", "--mem-fraction-static", "0.8", "--pp-size", "2", "--json", '{"a": 1}']
+    assert argv[-len(wanted) :] == wanted
+    assert "--disable-radix-cache" not in argv
+    assert value_of(argv, "--tp-size") == "2"
+
+
 def test_the_nodes_of_an_engine_differ_in_their_rank_alone() -> None:
     config = RunConfig()
     first, second = (each.argv for each in sglang_commands(config, replace(SPEC, num_slots=16, num_nodes=2)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cpu.helpers.checkpoints import saved_state
+from tests.e2e.cpu.helpers.checkpoints import differing, saved_state
 from tests.e2e.cpu.helpers.runs import TRAINER, Starter, wait_for
 from tests.helpers.tiny_models import make_tiny_model
 
@@ -32,8 +32,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(start: Starter, small_disk: Path) -> None:
-    run = start("--num-rollout", "4", "--save-interval", "1", "--save", str(small_disk))
+@pytest.mark.parametrize("when", [[], ["--async-save"]])
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
+    start: Starter, small_disk: Path, when: list[str]
+) -> None:
+    run = start("--num-rollout", "4", "--save-interval", "1", "--save", str(small_disk), *when)
     assert run.wait(120) == 1
     message = run.output()[run.output().index("error: ") :]
     assert f"{small_disk}/iter_0000001 cannot be written; 0." in message
@@ -59,6 +62,22 @@ def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(start: Starter) -
     assert (save / TRACKER).read_text() == str(step + 1)
     assert not list(save.glob(".iter_*.tmp"))
     resumed.leaves_nothing(within_s=5)
+
+
+def test_a_run_that_saves_beside_training_ends_with_the_last_checkpoint_complete(start: Starter) -> None:
+    save = start.folder / "ckpt"
+    flags = ("--async-save", "--save", str(save), "--save-hf", str(start.folder / "hf_{rollout_id}"))
+    plain = start("--num-rollout", "3", "--save-interval", "1", "--save", str(start.folder / "plain"), name="plain")
+    plain.succeeds()
+    run = start(*flags, "--num-rollout", "2", "--save-interval", "1").succeeds()
+    assert (save / TRACKER).read_text() == "1"
+    assert not list(save.glob(".iter_*"))
+    assert (start.folder / "hf_1" / "config.json").is_file()
+    run.leaves_nothing()
+    start(*flags, "--resume", "--num-rollout", "3", name="resumed").succeeds()
+    states = [saved_state(root / "iter_0000002") for root in (save, start.folder / "plain")]
+    assert states[0]
+    assert differing(*states) == []  # as the run that was never interrupted
 
 
 def test_a_checkpoint_of_another_model_is_refused(start: Starter) -> None:

@@ -63,8 +63,11 @@ def test_two_equal_seeded_runs_are_equal_bit_for_bit(uninterrupted: Run, start: 
         assert _metrics(run, axis) == _metrics(uninterrupted, axis)
 
 
-def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(uninterrupted: Run, start: Starter) -> None:
-    flags = (*FLAGS, "--save", str(start.folder / "ckpt"))
+@pytest.mark.parametrize("when", [[], ["--async-save"]])
+def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(
+    uninterrupted: Run, start: Starter, when: list[str]
+) -> None:
+    flags = (*FLAGS, "--save", str(start.folder / "ckpt"), *when)
     tracker = start.folder / "ckpt" / "latest_checkpointed_iteration.txt"
     first = start(*flags)
     wait_for(lambda: tracker.is_file() and tracker.read_text() == "1", timeout_s=120, what="the checkpoint of step 1")

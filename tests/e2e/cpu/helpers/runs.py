@@ -150,12 +150,13 @@ class Starter:
     ) -> Run:
         """Start `slime train`, or another Python command, with `flags` only."""
         mark = uuid.uuid4().hex
+        python_path = os.pathsep.join([str(ROOT), str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])])
         log = self.folder / f"{name}_{len(self.runs)}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, *command, *flags],
                 cwd=cwd or self.folder,
-                env={**os.environ, "PYTHONPATH": f"{ROOT}:{PLUGINS}", **KEEP_ENVIRONMENT, MARK: mark, **env},
+                env={**os.environ, "PYTHONPATH": python_path, **KEEP_ENVIRONMENT, MARK: mark, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -1,0 +1,91 @@
+"""What a step of the optimizer is made of: which parameters move, AdamW, clipping, float16's loss scale."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from slime.config import OptimizerConfig
+
+
+def freeze(lm: nn.Module, cfg: OptimizerConfig) -> None:
+    """Take the parameters that the settings leave out from training, by name. Raises ValueError where none is meant."""
+    patterns = cfg.only_train_params_name_list or cfg.freeze_params_name_list or []
+    if not patterns:
+        return
+    named = dict(lm.named_parameters())
+    matching = {name for name in named if any(re.search(pattern, name) for pattern in patterns)}
+    trained = matching if cfg.only_train_params_name_list else named.keys() - matching
+    flag = "--only-train-params-name-list" if cfg.only_train_params_name_list else "--freeze-params-name-list"
+    if not matching:
+        raise ValueError(f"{flag} {' '.join(patterns)} matches none of {', '.join(itertools.islice(named, 3))}, ...")
+    if not trained:
+        raise ValueError(f"{flag} {' '.join(patterns)} leaves no parameter to train")
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in trained)
+
+
+def adamw(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW on what is trained of `model`, with weight decay on matrices only, as is usual for transformers."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    by_rank = sorted(trained, key=lambda parameter: parameter.ndim < 2)
+    groups = [
+        {"params": list(members), "weight_decay": 0.0 if is_vector else cfg.weight_decay}
+        for is_vector, members in itertools.groupby(by_rank, key=lambda parameter: parameter.ndim < 2)
+    ]
+    betas = (cfg.adam_beta1, cfg.adam_beta2)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.adam_eps, fused=True)
+
+
+@torch.no_grad()
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Moments and step counts back to 0, in place."""
+    for entry in optimizer.state.values():
+        for value in entry.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, scale: float = 1.0) -> float:
+    """Divide gradients by the loss scale, then bring their norm down to `max_norm` (0: leave it). Returns the norm."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if scale != 1.0 and gradients:
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], 1 / scale)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
+
+
+@dataclass
+class LossScale:
+    """What the loss is multiplied by so that float16 gradients do not vanish; halves where one overflows.
+
+    window: steps without an overflow after which it doubles; 0: never. A power of two: float32 divides by it exactly.
+    """
+
+    value: float = 1.0
+    window: int = 0
+    num_good: int = 0  # steps since the last change
+
+    def explains(self, *, loss: float, grad_norm: float) -> bool:
+        """Whether a smaller scale may be what a step needs: its gradient is not finite, though its loss is."""
+        numbers = torch.tensor([loss, grad_norm]).isfinite().tolist()
+        return numbers == [True, False] and self.value > 1.0
+
+    def update(self, *, overflowed: bool) -> None:
+        """After each step."""
+        self.num_good = 0 if overflowed else self.num_good + 1
+        if overflowed:
+            self.value /= 2
+        elif self.num_good == self.window:
+            self.value, self.num_good = self.value * 2, 0
