@@ -19,7 +19,7 @@ SWITCH = True  # the value of a flag that takes none
 
 
 class Argument(NamedTuple):
-    """A flag of Megatron's parser, its value, and the field of TransformerConfig that it sets ("": none)."""
+    """A flag of Megatron's parser, its value, and the field of TransformerConfig that it sets; "": none."""
 
     flag: str
     value: Any
@@ -69,10 +69,11 @@ def choices(shape: ModelShape) -> list[Argument]:
         return []
     return [
         Argument("--moe-token-dispatcher-type", "alltoall", "moe_token_dispatcher_type"),
-        Argument("--moe-router-load-balancing-type", "none", "moe_router_load_balancing_type"),
         Argument("--moe-aux-loss-coeff", 0, "moe_aux_loss_coeff"),
         Argument("--moe-router-dtype", "fp32", "moe_router_dtype"),
-        *_switch(shape.moe.has_bias, Argument("--moe-router-bias-update-rate", 0, "moe_router_bias_update_rate")),
+        # no flags: slime sets these two itself
+        Argument("", "none", "moe_router_load_balancing_type"),
+        Argument("", 0.0, "moe_router_bias_update_rate"),
     ]
 
 
@@ -153,7 +154,7 @@ def _switch(is_on: bool, argument: Argument) -> Iterator[Argument]:
 def as_flags(arguments: Sequence[Argument]) -> list[str]:
     """A command line: ["--num-layers", "36", "--swiglu", ...]. Raises NameMapError where Megatron has no such flag."""
     words = []
-    for argument in arguments:
+    for argument in (argument for argument in arguments if argument.flag):
         if argument.flag in _WITHOUT_FLAG:
             if argument.value != _WITHOUT_FLAG[argument.flag]:
                 raise NameMapError(f"Megatron's parser has no {argument.flag}, config.json says {argument.value}")
@@ -222,7 +223,7 @@ class Given:
     @property
     def not_compared(self) -> list[str]:
         """Flags that config.json says nothing about."""
-        return [flag for flag in self.flags if flag not in _ALL_FACTS and flag not in _VOCABULARY]
+        return [flag for flag in self.flags if flag not in MODEL_FLAGS and flag not in _VOCABULARY]
 
     def check(self, shape: ModelShape) -> None:
         """Raise NameMapError where they differ from config.json."""
@@ -247,7 +248,7 @@ def check_given(shape: ModelShape, given: Mapping[str, str | bool]) -> None:
     given: as from `given_flags`; flags that config.json says nothing about are not looked at.
     """
     derived = {argument.flag: argument.value for argument in facts(shape)}
-    given = {flag: value for flag, value in given.items() if flag in _ALL_FACTS}
+    given = {flag: value for flag, value in given.items() if flag in MODEL_FLAGS}
     if given.pop("--position-embedding-type", None) == "rope":
         given["--use-rotary-position-embeddings"] = SWITCH
     for flag in [*derived, *sorted(given.keys() - derived.keys())]:
@@ -310,7 +311,7 @@ def _as_text(value: Any) -> str:
     return str(value)
 
 
-_ALL_FACTS = frozenset(
+MODEL_FLAGS = frozenset(
     {
         *("--num-layers", "--hidden-size", "--ffn-hidden-size", "--swiglu", "--vocab-size", "--disable-bias-linear"),
         *("--untie-embeddings-and-output-weights", "--num-attention-heads", "--group-query-attention"),
