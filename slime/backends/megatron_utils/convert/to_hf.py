@@ -20,7 +20,7 @@ from slime.backends.megatron_utils.names import (
     NameMapError,
     all_parameters,
     hf_tensors,
-    passed_through,
+    passed_through_tensors,
     read_shape,
 )
 from slime.weight_sync.disk import write_hf_directory
@@ -114,21 +114,19 @@ def _all_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Those of Megatron, then those that pass through."""
     missing = {name for parameter in all_parameters(shape) for name, _ in parameter.hf}
-    has_weights = any(origin.glob("*.safetensors"))
-    source = HFDirectory(origin) if has_weights else None
-    through = passed_through(shape, source.shapes) if source is not None else []
+    source = HFDirectory(origin) if any(origin.glob("*.safetensors")) else None
+    has_tied_copy = source is not None and shape.tied and "lm_head.weight" in source.shapes
     for parameter, shards in parameters:
         progress(parameter.name)
         for name, tensor in hf_tensors(parameter, shards):
             missing.discard(name)
             yield name, tensor.contiguous()
-            if name == "model.embed_tokens.weight" and shape.tied and "lm_head.weight" in through:
+            if name == "model.embed_tokens.weight" and has_tied_copy:
                 yield "lm_head.weight", tensor.clone()
     if missing:
         raise NameMapError(f"tensor {min(missing)} is missing in the checkpoint")
-    for name in through:
-        if source is not None and name != "lm_head.weight":
-            yield name, source.tensor(name)
+    if source is not None:
+        yield from passed_through_tensors(shape, source)
 
 
 def _check_room(directory: Path, shape: ModelShape, folder: Path) -> None:
