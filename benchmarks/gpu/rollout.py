@@ -90,15 +90,19 @@ def make_args(folder: Path, port: int, num_samples: int, flags: list[str]) -> Ar
 
 
 @contextlib.contextmanager
-def engine(args: Args, port: int, log: Path) -> Iterator[None]:
-    """SGLang as slime starts it, listening on `port`. Raises RuntimeError with the end of its log."""
+def engine(args: Args, port: int, log: Path, *, gpu: str | None = None) -> Iterator[None]:
+    """SGLang as slime starts it, listening on `port`, on the only GPU it sees. Raises RuntimeError with its log's end.
+
+    gpu: as CUDA_VISIBLE_DEVICES names it, the first if None.
+    """
     spec = EngineSpec(
         index=0, model_path=args.hf_checkpoint, weight_version="0", num_threads=4, device="cuda", num_slots=1
     )
     (command,) = sglang_commands(args, spec)
     places = {HOST: "127.0.0.1", PORT: str(port)}
+    place = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     process = OwnedProcess(
-        [places.get(part, part) for part in command.argv], log_path=log, env={**os.environ, **command.env}
+        [places.get(part, part) for part in command.argv], log_path=log, env={**os.environ, **command.env, **place}
     )
     try:
         deadline = time.monotonic() + START_S

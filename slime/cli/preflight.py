@@ -35,6 +35,7 @@ PLUGINS = (
     "custom_rollout_log_function_path",
     "custom_eval_rollout_log_function_path",
     "agent_function_path",
+    "custom_update_weight_post_write_path",
     "custom_rm_path",
     "custom_reward_post_process_path",
     "custom_convert_samples_to_train_data_path",

@@ -105,6 +105,13 @@ class RolloutConfig(Group):
     update_weight_disk_dir: str | None = arg(
         None, "Where the disk transport writes (default: the memory file system on one node, else the run directory)."
     )
+    update_weight_disk_keep_files: bool = arg(
+        False, "Keep all versions below --update-weight-disk-dir, also after the run: all the weights each time."
+    )
+    custom_update_weight_post_write_path: str | None = arg(
+        None,
+        "f(args, version_dir, rollout_engines) -> None: called where a version was written, before engines load it.",
+    )
     update_weight_buffer_size: int = arg(512 * 2**20, "Bytes gathered at once when weights are sent or exported.")
     check_weight_update_equal: bool = arg(False, "After each update compare checksums of all tensors on both sides.")
     update_weights_interval: int = arg(1, "Rollouts between two weight updates; more than 1 with train_async.py only.")

@@ -367,6 +367,16 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         "--update-weight-transport tensor is memory that every engine shares with a trainer of the policy: add "
         "--colocate, without slots of a critic's own, or use disk.",
     )
+    _require(
+        config.custom_update_weight_post_write_path is None or config.update_weight_transport == "disk",
+        "--custom-update-weight-post-write-path needs --update-weight-transport disk: others write no files.",
+    )
+    _require(
+        not config.update_weight_disk_keep_files
+        or (config.update_weight_transport == "disk" and config.update_weight_disk_dir is not None),
+        "--update-weight-disk-keep-files needs --update-weight-transport disk and --update-weight-disk-dir, which says "
+        "where.",
+    )
     transport = "distributed" if config.update_weight_transport == "nccl" else config.update_weight_transport
     _require(
         transport != "distributed" or not config.colocate,

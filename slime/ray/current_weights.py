@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import NamedTuple
+
+
+class WeightFiles(NamedTuple):
+    """A version and the directory that holds it."""
+
+    version: int
+    directory: str
 
 
 class CurrentWeights:
@@ -10,22 +18,23 @@ class CurrentWeights:
 
     def __init__(self) -> None:
         self.version: int | None = None
-        self._directory: str | None = None
+        self._files: WeightFiles | None = None
         self._wanted = asyncio.Event()
         self._written = asyncio.Event()
 
     def set(self, version: int, directory: str | None) -> None:
         """Engines hold `version` from now on. directory: where it lies, if anywhere."""
-        self.version, self._directory = version, directory
+        self.version = version
+        self._files = None if directory is None else WeightFiles(version, directory)
         self._tell_those_who_wait()
 
-    async def directory(self, *, timeout_s: float) -> str:
-        """Where the version lies. Raises TimeoutError where nobody writes it in time."""
+    async def files(self, *, timeout_s: float) -> WeightFiles:
+        """Where the version lies, or the next one. Raises TimeoutError where nobody writes it in time."""
         async with asyncio.timeout(timeout_s):
-            while self._directory is None:
+            while self._files is None:
                 self._wanted.set()
                 await self._written.wait()
-        return self._directory
+        return self._files
 
     async def wanted(self) -> int:
         """The version that is to be written; returns when one is."""
@@ -33,10 +42,10 @@ class CurrentWeights:
         assert self.version is not None
         return self.version
 
-    def written(self, version: int, directory: str) -> None:
-        """`version` lies in `directory`."""
+    def written(self, version: int, files: WeightFiles) -> None:
+        """`version` was wanted and lies in `files`; a later one, where trainers had trained meanwhile."""
         if version == self.version:
-            self._directory = directory
+            self._files = files
         self._tell_those_who_wait()
 
     def _tell_those_who_wait(self) -> None:

@@ -22,7 +22,7 @@ from slime.arguments import Args
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.spec import EngineCommand, EngineSpec
 from slime.ray.actors import create_actor
-from slime.ray.current_weights import CurrentWeights
+from slime.ray.current_weights import CurrentWeights, WeightFiles
 from slime.ray.engine_command import engine_client, engine_commands
 from slime.ray.engines import Engine, create_engines
 from slime.ray.placement import Slots, stays_on_machine
@@ -112,11 +112,12 @@ class EngineFleet:
         await self._wait_until_up(engine)
 
     async def _commands(self, engine: Engine) -> list[EngineCommand]:
-        version = None if engine.is_frozen else self.weights.version
+        has_moved = not engine.is_frozen and self.weights.version is not None
+        files = await self._weight_files() if has_moved else None
         spec = EngineSpec(
             index=engine.index,
-            model_path=engine.model.model_path if version is None else await self._weights_directory(),
-            weight_version="default" if version is None else str(version),
+            model_path=engine.model.model_path if files is None else files.directory,
+            weight_version="default" if files is None else str(files.version),
             num_threads=self.args.num_threads or max(1, (os.cpu_count() or 1) // len(self.engines)),
             device=self.slots.device,
             num_slots=engine.group.num_gpus_per_engine,
@@ -142,9 +143,8 @@ class EngineFleet:
 
     async def _give_weights(self, engine: Engine) -> None:
         """The current weights for an external engine that came back with others."""
-        version = self.weights.version
-        if version is not None:
-            directory = await self._weights_directory()
+        if self.weights.version is not None:
+            version, directory = await self._weight_files()
             timeout_s = self.args.weight_sync_timeout_s
             await self._client(engine).update_weights_from_disk(directory, version=version, timeout_s=timeout_s)
 
@@ -188,16 +188,16 @@ class EngineFleet:
                 pass
         return [None if engine.is_lost else engine.url for engine in self.policy_engines]
 
-    async def _weights_directory(self) -> str:
-        return await self.weights.directory(timeout_s=self.args.weight_sync_timeout_s)
+    async def _weight_files(self) -> WeightFiles:
+        return await self.weights.files(timeout_s=self.args.weight_sync_timeout_s)
 
     async def weights_wanted(self) -> int:
         """Returns a version that lies in no file, once an engine is to be started with it."""
         return await self.weights.wanted()
 
-    async def weights_written(self, version: int, directory: str) -> None:
-        """They lie in `directory` now."""
-        self.weights.written(version, directory)
+    async def weights_written(self, version: int, files: WeightFiles) -> None:
+        """They lie in `files` now."""
+        self.weights.written(version, files)
 
     async def weights_sent(self, version: int, directory: str | None, failed: list[str]) -> None:
         """The policy's engines hold `version`, but for the `failed`, which are started anew from `directory`."""

@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 
 from slime.arguments import Args
 from slime.ray.actors import create_actor
+from slime.ray.current_weights import WeightFiles
 from slime.ray.journal import Journal
 from slime.ray.placement import Slots
 from slime.ray.rollout_manager import RolloutResult
@@ -171,8 +172,8 @@ class ActorGroup:
         calls = [rank.update_weights.remote(engine_urls, version) for rank in self.ranks]
         return self._all(calls, self.args.weight_sync_timeout_s, f"weights v{version} to reach the engines")[0]
 
-    def write_weights(self, version: int) -> str:
-        """Write the weights to files, as version `version`. Returns the directory."""
+    def write_weights(self, version: int) -> WeightFiles:
+        """Write the weights to files: `version`, or a later one that the trainers have reached."""
         calls = [rank.write_weights.remote(version) for rank in self.ranks]
         return self._all(calls, self.args.weight_sync_timeout_s, f"weights v{version} to be written")[0]
 

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,6 +189,9 @@ class Job:
         """Where the disk transport writes."""
         num_bytes = checkpoint_bytes(self.args.hf_checkpoint)
         root = weights_root(self.args.update_weight_disk_dir, self.run_dir, num_bytes=num_bytes)
+        if self.args.update_weight_disk_keep_files:
+            root.mkdir(parents=True, exist_ok=True)
+            return contextlib.nullcontext(Path(tempfile.mkdtemp(prefix="slime-weights-", dir=root)))
         return owned_directory(root, prefix="slime-weights-")
 
     def _settings(self) -> dict[str, Any]:

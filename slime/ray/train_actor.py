@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -20,11 +21,13 @@ from slime.data.batch import Array, TrainBatch
 from slime.observability.flops import training_flops
 from slime.observability.timer import PhaseTimer
 from slime.ray.actors import CONTROL, LIFETIME
+from slime.ray.current_weights import WeightFiles
 from slime.ray.engine_command import engine_client, transport_kind
 from slime.ray.watchdog import thread_stacks, wait_for_the_end
 from slime.utils.http_utils import find_free_port
 from slime.utils.logging import configure_logging
 from slime.utils.malloc import keep_freed_memory
+from slime.utils.misc import load_function
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +76,7 @@ class TrainActor:
         self.rank = rank
         self.run_dir = Path(run_dir)
         self.role = role
+        self.num_trained = 0  # rollouts: the version of the weights
 
     def address(self, *, loopback: bool) -> str:
         """`host:port` at which this rank can be found, for a rendezvous; by this machine only, or by others too."""
@@ -83,10 +87,12 @@ class TrainActor:
         """Join the world, load model and optimizer. Returns the first rollout id to run."""
         import torch
 
-        from slime.utils.distributed import communication, init_process_group, pick_device
+        from slime.utils.distributed import communication, init_process_group, pick_device, use_nccl_as_sglang_does
 
         torch.set_num_threads(num_threads)
         device = pick_device(self.args.device)
+        if transport_kind(self.args, device.type) == "distributed":
+            use_nccl_as_sglang_does()
         cpu_backend = self.args.fsdp_cpu_backend if self.args.fsdp_cpu_offload else None
         init_process_group(
             backend=communication(self.args.distributed_backend, device, cpu_backend=cpu_backend),
@@ -121,7 +127,14 @@ class TrainActor:
             phase=self.timer.phase,
             train_dump=self.args.save_debug_train_data,
         )
-        self.files = DiskTransport(weights_dir, assets=self.args.hf_checkpoint, is_writer=self.is_reporter)
+        hook = self.args.custom_update_weight_post_write_path
+        self.files = DiskTransport(
+            weights_dir,
+            assets=self.args.hf_checkpoint,
+            is_writer=self.is_reporter,
+            keep=self.args.update_weight_disk_keep_files,
+            after_write=None if hook is None else partial(load_function(hook), self.args),
+        )
         self.transport = self._transport(device)
 
     def _transport(self, device: torch.device) -> Transport:
@@ -154,6 +167,7 @@ class TrainActor:
         """
         with self._working(rollout_id):
             metrics = self.recipe.train(rollout_id, dataclasses.replace(batch, values=values))
+        self.num_trained = rollout_id + 1
         times = self.timer.collect()
         self._begin_wait(rollout_id + 1)
         return metrics | times | self._speed(batch, times["perf/actor_train_time"])
@@ -203,7 +217,7 @@ class TrainActor:
 
         engines = [None if url is None else engine_client(self.args, url) for url in engine_urls]
         checks = self.args.check_weight_update_equal
-        files = Path(self.write_weights(version)) if checks and self.transport is not self.files else None
+        files = Path(self.write_weights(version).directory) if checks and self.transport is not self.files else None
         failed = send_weights(
             self.backend.hf_tensors(),
             self.transport,
@@ -219,12 +233,13 @@ class TrainActor:
         path = self.transport.path_of(version)
         return SendReport(None if path is None else str(path.resolve()), failed)
 
-    def write_weights(self, version: int) -> str:
-        """Write the weights to files, as version `version`; older ones go. A collective. Returns the directory."""
+    def write_weights(self, version: int) -> WeightFiles:
+        """Write the weights to files: `version`, or what it was trained to since. Older ones go. A collective."""
+        version = max(version, self.num_trained)
         path = self.files.write(self.backend.hf_tensors(), version)
         if self.is_reporter:
             self.files.delete_before(version)
-        return str(path.resolve())
+        return WeightFiles(version, str(path.resolve()))
 
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint."""

@@ -37,6 +37,11 @@ def pick_device(setting: str) -> torch.device:
     return torch.device("cpu")
 
 
+def use_nccl_as_sglang_does() -> None:
+    """Before the first NCCL group of this process: SGLang turns cuMem off, and all members must agree on it."""
+    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
+
+
 def join_group(
     name: str, *, store: Store, rank: int, world_size: int, backend: str, timeout: datetime.timedelta
 ) -> ProcessGroup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -81,13 +81,30 @@ def copy_assets(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-class DiskTransport:
-    """Sends versions of the weights through folders `v000001`, `v000002`, ... and keeps the newest for restarts."""
+AfterWrite = Callable[[str, list[EngineClient]], object]
+"""Called by the writer with a version's directory, complete, before the engines given are told of it."""
 
-    def __init__(self, directory: Path, *, assets: str, is_writer: bool) -> None:
+
+class DiskTransport:
+    """Sends versions of the weights through folders `v000001`, `v000002`, ... and keeps the newest for restarts.
+
+    keep: keeps all of them.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        assets: str,
+        is_writer: bool,
+        keep: bool = False,
+        after_write: AfterWrite | None = None,
+    ) -> None:
         self.directory = directory
         self.assets = assets
         self.is_writer = is_writer
+        self.keep = keep
+        self.after_write = after_write
 
     def path_of(self, version: int) -> Path:
         """The folder of a version."""
@@ -110,14 +127,19 @@ class DiskTransport:
         path = str(self.write(tensors, version).resolve())
         if not self.is_writer:
             return []
-        calls = EngineCalls([engine for engine in engines if engine is not None], timeout_s)
+        there = [engine for engine in engines if engine is not None]
+        if self.after_write is not None:
+            self.after_write(path, there)
+        calls = EngineCalls(there, timeout_s)
         calls.make(partial(_update, path=path, version=version, timeout_s=timeout_s))
         lost = calls.result()
         self.delete_before(version)
         return lost
 
     def delete_before(self, version: int) -> None:
-        """Delete every version older than `version`."""
+        """Delete every version older than `version`, unless they are kept."""
+        if self.keep:
+            return
         newest = self.path_of(version).name
         for path in self.directory.glob("v*"):
             if path.name < newest:

@@ -27,7 +27,7 @@ from slime.utils.async_utils import in_thread
 from slime.utils.distributed import join_group, leave_group
 from slime.weight_sync.bucket import Bucket
 
-GRACE_S = 10.0
+LONGEST_GRACE_S = 10.0
 """For members of a group that was broken up to answer; those that do not are lost."""
 
 
@@ -60,18 +60,22 @@ class UpdateGroup:
         self._name = f"slime-weights-{secrets.token_hex(4)}"
         self._device = device
         self._timeout_s = timeout_s
+        self._grace_s = min(LONGEST_GRACE_S, timeout_s / 4)  # twice at most: what hangs costs less than 2 * timeout_s
         self._store: TCPStore | None = None
         self._group: ProcessGroup | None = None
         self._stream: torch.cuda.Stream | None = cast(Any, torch.cuda).Stream(device) if device.type == "cuda" else None
 
     async def open(self) -> Failures:
         """Have every engine join."""
-        host = own_address([member.engine.url for member in self.members])
+        try:
+            host = own_address([member.engine.url for member in self.members])
+            self._store, port = _serve_store(host, self._timeout_s)
+        except (OSError, RuntimeError) as error:
+            return Failures({}, error)
         last_ranks = list(accumulate((member.num_ranks for member in self.members), initial=0))
-        self._store, port = _serve_store(host, self._timeout_s)
         backend = "gloo" if self._device.type == "cpu" else "nccl"
         address = UpdateGroupAddress(self._name, host, port, last_ranks[-1] + 1, backend)
-        timeout_s = self._timeout_s + GRACE_S
+        timeout_s = self._timeout_s + self._grace_s
         calls = {
             member.engine: member.engine.join_update_group(address, rank=last + 1, timeout_s=timeout_s)
             for member, last in zip(self.members, last_ranks, strict=False)
@@ -93,7 +97,7 @@ class UpdateGroup:
         ]
         calls = {
             member.engine: member.engine.update_weights_from_distributed(
-                self._name, tensors, version=version, timeout_s=self._timeout_s + GRACE_S
+                self._name, tensors, version=version, timeout_s=self._timeout_s + self._grace_s
             )
             for member in self.members
         }
@@ -102,14 +106,14 @@ class UpdateGroup:
     async def close(self) -> None:
         """End the group on all sides; engines that are gone are no hindrance."""
         self._store = None  # whoever still waits to join hears of it
-        leaving = [member.engine.leave_update_group(self._name, timeout_s=GRACE_S) for member in self.members]
+        leaving = [member.engine.leave_update_group(self._name, timeout_s=self._grace_s) for member in self.members]
         await asyncio.gather(*leaving, self._leave(), return_exceptions=True)
 
     async def _leave(self) -> None:
         group, self._group = self._group, None
         if group is not None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.wrap_future(in_thread(partial(leave_group, group))), GRACE_S)
+                await asyncio.wait_for(asyncio.wrap_future(in_thread(partial(leave_group, group))), self._grace_s)
 
     async def _together(self, calls: Mapping[EngineClient, Coroutine[Any, Any, None]], own: Future[Any]) -> Failures:
         """Wait for all; at the first failure and at the deadline break up the group, and see who answers then."""
@@ -119,9 +123,9 @@ class UpdateGroup:
         await asyncio.wait(everybody, timeout=self._timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         if any(_error(task, 0) is not None for task in everybody):
             await self.close()
-            await asyncio.wait(tasks, timeout=GRACE_S)
+            await asyncio.wait(tasks, timeout=self._grace_s)
         errors = {engine: _error(task, self._timeout_s) for task, engine in tasks.items()}
-        failures = Failures({e: error for e, error in errors.items() if error is not None}, _error(ours, GRACE_S))
+        failures = Failures({e: error for e, error in errors.items() if error is not None}, _error(ours, self._grace_s))
         for task in everybody:
             task.cancel()
         return failures

@@ -41,6 +41,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"update_weight_transport": "nccl", "colocate": True, "rollout_num_gpus": None},
         "--update-weight-transport distributed is a broadcast to other GPUs than the trainers': drop --colocate",
     ),
+    (
+        {"custom_update_weight_post_write_path": "my_files.copy"},
+        "--custom-update-weight-post-write-path needs --update-weight-transport disk: others write no files.",
+    ),
+    (
+        {"update_weight_disk_keep_files": True, "update_weight_transport": "disk"},
+        "--update-weight-disk-keep-files needs --update-weight-transport disk and --update-weight-disk-dir, which",
+    ),
     # on policy
     ({"true_on_policy_mode": True, "num_steps_per_rollout": 2}, "of 2 optimizer steps a rollout (--num-steps-per-roll"),
     ({"true_on_policy_mode": True, "partial_rollout": True}, "--true-on-policy-mode: --partial-rollout goes on with"),

@@ -2,14 +2,14 @@ import asyncio
 
 import pytest
 
-from slime.ray.current_weights import CurrentWeights
+from slime.ray.current_weights import CurrentWeights, WeightFiles
 
 
 def test_weights_in_files_are_found_at_once_and_nobody_is_asked_to_write() -> None:
     async def body() -> None:
         weights = CurrentWeights()
         weights.set(3, "here")
-        assert await weights.directory(timeout_s=1.0) == "here"
+        assert await weights.files(timeout_s=1.0) == WeightFiles(3, "here")
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(weights.wanted(), 0.05)
 
@@ -20,12 +20,12 @@ def test_weights_in_no_file_are_written_once_for_all_who_wait() -> None:
     async def body() -> None:
         weights = CurrentWeights()
         weights.set(3, None)
-        starts = asyncio.gather(weights.directory(timeout_s=5.0), weights.directory(timeout_s=5.0))
+        starts = asyncio.gather(weights.files(timeout_s=5.0), weights.files(timeout_s=5.0))
         assert await asyncio.wait_for(weights.wanted(), 1.0) == 3
         again = asyncio.ensure_future(weights.wanted())
-        weights.written(3, "there")
-        assert await starts == ["there", "there"]
-        assert await weights.directory(timeout_s=1.0) == "there"
+        weights.written(3, WeightFiles(3, "there"))
+        assert await starts == [WeightFiles(3, "there")] * 2
+        assert await weights.files(timeout_s=1.0) == WeightFiles(3, "there")
         again.cancel()
 
     asyncio.run(body())
@@ -35,13 +35,13 @@ def test_an_older_version_that_arrives_late_is_asked_for_anew() -> None:
     async def body() -> None:
         weights = CurrentWeights()
         weights.set(3, None)
-        start = asyncio.ensure_future(weights.directory(timeout_s=5.0))
+        start = asyncio.ensure_future(weights.files(timeout_s=5.0))
         assert await asyncio.wait_for(weights.wanted(), 1.0) == 3
         weights.set(4, None)
-        weights.written(3, "late")
+        weights.written(3, WeightFiles(3, "late"))
         assert await asyncio.wait_for(weights.wanted(), 1.0) == 4
-        weights.written(4, "right")
-        assert await start == "right"
+        weights.written(4, WeightFiles(5, "trained meanwhile"))
+        assert await start == WeightFiles(5, "trained meanwhile")
 
     asyncio.run(body())
 
@@ -51,6 +51,6 @@ def test_nobody_who_writes_is_an_error_after_the_deadline() -> None:
         weights = CurrentWeights()
         weights.set(1, None)
         with pytest.raises(TimeoutError):
-            await weights.directory(timeout_s=0.05)
+            await weights.files(timeout_s=0.05)
 
     asyncio.run(body())

@@ -95,3 +95,10 @@ def test_versions_lie_side_by_side_until_they_are_deleted(model: Path, tmp_path:
     transport.delete_before(11)
     assert [path.name for path in tmp_path.iterdir()] == ["v000011"]
     assert same(stored(transport.path_of(11)), tensors_of(model))
+
+
+def test_versions_that_are_kept_are_not_deleted(model: Path, tmp_path: Path) -> None:
+    transport = DiskTransport(tmp_path, assets=str(model), is_writer=True, keep=True)
+    for version in (1, 2):
+        transport.send(tensors_of(model).items(), [], version, timeout_s=1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v000001", "v000002"]

@@ -54,11 +54,6 @@ def transport() -> Iterator[DistributedTransport]:
     run(transport.close())
 
 
-@pytest.fixture(autouse=True)
-def little_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update_group, "GRACE_S", 3.0)
-
-
 def weights(model: Path, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = load_file(model / "model.safetensors")

@@ -231,3 +231,21 @@ def test_ranks_that_do_not_write_talk_to_no_engine(model: Path, tmp_path: Path) 
     tensors = load_file(model / "model.safetensors").items()
     sent = send_weights(tensors, transport, nobody, version=1, timeout_s=1.0, check_equal=True, is_reporter=False)
     assert sent == []
+
+
+def test_a_plug_in_gets_a_complete_version_before_engines_do(
+    engine: EngineUnderTest, model: Path, tmp_path: Path
+) -> None:
+    seen: list[tuple[list[str], str]] = []
+
+    def look(directory: str, engines: list[EngineClient]) -> None:
+        (client,) = engines
+        seen.append(
+            (sorted(load_file(next(Path(directory).glob("*.safetensors")))), run(client.model_info())["weight_version"])
+        )
+
+    transport = DiskTransport(tmp_path, assets=str(model), is_writer=True, after_write=look)
+    for version in (21, 22):
+        transport.send(other_weights(model).items(), [None, EngineClient(engine.url)], version, timeout_s=20.0)
+    assert [names for names, _ in seen] == [sorted(other_weights(model))] * 2
+    assert seen[1][1] == "21"

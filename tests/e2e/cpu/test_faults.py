@@ -96,8 +96,12 @@ def test_an_engine_whose_owner_is_killed_gets_another_one(start: Starter) -> Non
 
 
 @pytest.mark.slow
-def test_an_engine_that_hangs_in_a_weight_update_is_restarted_with_the_new_weights(start: Starter) -> None:
+@pytest.mark.parametrize("transport", ["disk", "distributed"])
+def test_an_engine_that_hangs_in_a_weight_update_is_restarted_with_the_new_weights(
+    start: Starter, transport: str
+) -> None:
     run = start(
+        *("--update-weight-transport", transport),
         *("--no-colocate", "--rollout-num-gpus", "1", "--num-steps-per-rollout", "8"),
         *("--rollout-health-check-interval", "600", "--weight-sync-timeout-s", "10"),
     ).reaches("record_000000.json")
@@ -107,6 +111,23 @@ def test_an_engine_that_hangs_in_a_weight_update_is_restarted_with_the_new_weigh
     assert not engine.is_running()
     assert {version for sample in run.samples(1) for version in sample["weight_versions"]} == {"1"}
     assert (run.run_dir / "logs" / "engine_0_start_2.log").is_file()
+    run.leaves_nothing()
+
+
+@pytest.mark.slow
+def test_an_engine_killed_before_a_broadcast_is_left_out_of_it_and_restarted_with_the_new_weights(
+    start: Starter,
+) -> None:
+    run = start(
+        *("--no-colocate", "--rollout-num-gpus", "2", "--num-steps-per-rollout", "8", "--check-weight-update-equal"),
+        *("--rollout-health-check-interval", "600", "--update-weight-transport", "distributed"),
+    ).reaches("record_000000.json")
+    run.processes(ENGINE)[0].send_signal(signal.SIGKILL)
+    run.succeeds(WITHIN_S)
+    assert {version for sample in run.samples(1) for version in sample["weight_versions"]} == {"1"}
+    assert len(list((run.run_dir / "logs").glob("engine_*_start_2.log"))) == 1
+    assert "is lost on the way to weights v1" in run.output()
+    assert "writing weights v1 for an engine that is to be started" in run.output()
     run.leaves_nothing()
 
 
