@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,15 +132,8 @@ def _all_tensors(
 
 def _check_room(directory: Path, shape: ModelShape, folder: Path) -> None:
     """The smaller of what the checkpoint's files hold (perhaps with an optimizer) and the weights in bfloat16."""
-    weights = 2 * sum(_numel(size) for parameter in all_parameters(shape) for _, size in parameter.hf)
+    weights = 2 * sum(math.prod(size) for parameter in all_parameters(shape) for _, size in parameter.hf)
     needed = min(weights, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(f"{directory} has {free / 2**30:.1f} GiB free; {needed / 2**30:.1f} GiB are needed")
-
-
-def _numel(size: tuple[int, ...]) -> int:
-    total = 1
-    for length in size:
-        total *= length
-    return total
