@@ -37,10 +37,8 @@ MODEL_ARGS=(
    --moe-router-num-groups 8
    --moe-router-group-topk 4
    --moe-router-topk-scaling-factor 2.5
-   # experts in RL: no losses and updates of their own
+   # experts in RL: no loss of their own
    --moe-token-dispatcher-type alltoall
-   --moe-router-load-balancing-type none
    --moe-aux-loss-coeff 0
    --moe-router-dtype fp32
-   --moe-router-bias-update-rate 0
 )

@@ -28,10 +28,8 @@ MODEL_ARGS=(
    --moe-shared-expert-intermediate-size 1408
    --moe-router-score-function sigmoid
    --moe-router-enable-expert-bias
-   # experts in RL: no losses and updates of their own
+   # experts in RL: no loss of their own
    --moe-token-dispatcher-type alltoall
-   --moe-router-load-balancing-type none
    --moe-aux-loss-coeff 0
    --moe-router-dtype fp32
-   --moe-router-bias-update-rate 0
 )

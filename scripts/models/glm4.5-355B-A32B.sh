@@ -30,10 +30,8 @@ MODEL_ARGS=(
    --moe-router-score-function sigmoid
    --moe-router-enable-expert-bias
    --moe-router-topk-scaling-factor 2.5
-   # experts in RL: no losses and updates of their own
+   # experts in RL: no loss of their own
    --moe-token-dispatcher-type alltoall
-   --moe-router-load-balancing-type none
    --moe-aux-loss-coeff 0
    --moe-router-dtype fp32
-   --moe-router-bias-update-rate 0
 )

@@ -25,9 +25,8 @@ MODEL_ARGS=(
    --moe-ffn-hidden-size 1536
    --moe-router-topk 8
    --moe-router-score-function softmax
-   # experts in RL: no losses and updates of their own
+   # experts in RL: no loss of their own
    --moe-token-dispatcher-type alltoall
-   --moe-router-load-balancing-type none
    --moe-aux-loss-coeff 0
    --moe-router-dtype fp32
 )

@@ -25,7 +25,12 @@ def megatron_world(rank: int = 0, size: int = 1, *, store: Any = None, **paralle
 
     is_own = not dist.is_initialized()
     if is_own:
-        dist.init_process_group("gloo", store=store or dist.HashStore(), rank=rank, world_size=size)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=store or dist.HashStore(),
+            rank=rank,
+            world_size=size,
+        )
     try:
         parallel_state.initialize_model_parallel(**parallel)
         model_parallel_cuda_manual_seed(1)
@@ -36,8 +41,10 @@ def megatron_world(rank: int = 0, size: int = 1, *, store: Any = None, **paralle
             dist.destroy_process_group()
 
 
-def build_gpt(shape: ModelShape, *, dtype: torch.dtype = torch.float32, **config_fields: Any) -> torch.nn.Module:
-    """This rank's part of the model, of local layers, with random weights."""
+def build_gpt(
+    shape: ModelShape, *, dtype: torch.dtype = torch.float32, transformer_engine: bool = False, **config_fields: Any
+) -> torch.nn.Module:
+    """This rank's part of the model, with random weights: local layers, or Transformer Engine's on a GPU."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -50,7 +57,7 @@ def build_gpt(shape: ModelShape, *, dtype: torch.dtype = torch.float32, **config
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
-        "use_cpu_initialization": True,
+        "use_cpu_initialization": not transformer_engine,
         "bias_dropout_fusion": False,
         "gradient_accumulation_fusion": False,
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
@@ -59,17 +66,18 @@ def build_gpt(shape: ModelShape, *, dtype: torch.dtype = torch.float32, **config
     }
     config = (TransformerConfig if shape.mla is None else MLATransformerConfig)(**fields | config_fields)
     _mend_megatron()
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=transformer_engine, normalization="RMSNorm")
     if shape.sandwich_norms:
         from slime.backends.megatron_utils.sandwich_norms import SandwichNormLayer
 
         for layer in spec.layer_specs:
             layer.module = SandwichNormLayer
-    if shape.mla is not None:
+    if shape.mla is not None and not transformer_engine:
         for layer in spec.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = CausalAttention
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "current_device", lambda: "cpu")  # YaRN makes a torch.device of it
+        if not transformer_engine:
+            patch.setattr(torch.cuda, "current_device", lambda: "cpu")  # YaRN makes a torch.device of it
         model = GPTModel(
             config,
             spec,
@@ -116,7 +124,7 @@ def padded_vocab_size(shape: ModelShape) -> int:
     return -(-shape.vocab_size // 128) * 128
 
 
-def place_here(shape: ModelShape) -> ParallelPlace:
+def place_here(shape: ModelShape, *, transformer_engine: bool = False) -> ParallelPlace:
     """This process's place, with its layers split evenly among stages."""
     from megatron.core import parallel_state as state
 
@@ -131,13 +139,15 @@ def place_here(shape: ModelShape) -> ParallelPlace:
         etp_rank=state.get_expert_tensor_parallel_rank(),
         etp_size=state.get_expert_tensor_parallel_world_size(),
         padded_vocab_size=padded_vocab_size(shape),
-        shards_down_projections=True,
+        shards_down_projections=not transformer_engine,
     )
 
 
-def load_hf(model: torch.nn.Module, shape: ModelShape, source: HFDirectory) -> None:
+def load_hf(
+    model: torch.nn.Module, shape: ModelShape, source: HFDirectory, *, transformer_engine: bool = False
+) -> None:
     """Fill every parameter through the name map."""
-    place = place_here(shape)
+    place = place_here(shape, transformer_engine=transformer_engine)
     with torch.no_grad():
         for name, parameter in model.state_dict(keep_vars=True).items():
             if not name.endswith("_extra_state"):

@@ -85,8 +85,8 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, 
     return model.eval()
 
 
-def write_tiny_model(name: str, directory: Path, **more: Any) -> PreTrainedModel:
+def write_tiny_model(name: str, directory: Path, *, max_shard_size: str = "1GB", **more: Any) -> PreTrainedModel:
     """The model, saved as an HF directory."""
     model = tiny_model(name, **more)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
     return model

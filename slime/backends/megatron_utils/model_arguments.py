@@ -19,7 +19,7 @@ SWITCH = True  # the value of a flag that takes none
 
 
 class Argument(NamedTuple):
-    """A flag of Megatron's parser, its value, and the field of TransformerConfig that it sets ("": none)."""
+    """A flag of Megatron's parser, its value, and the field of TransformerConfig that it sets; "": none."""
 
     flag: str
     value: Any
@@ -34,7 +34,11 @@ _DEFAULTS: dict[str, Any] = {  # of Megatron's parser, where a flag is not given
     "--moe-router-score-function": "softmax",
     "--moe-layer-freq": 1,
     "--rope-scaling-factor": 8.0,
+    "--rotary-scaling-factor": 1.0,
+    "--mscale": 1.0,
+    "--mscale-all-dim": 0.0,
 }
+_VOCABULARY = {"--make-vocab-size-divisible-by": 128, "--tensor-model-parallel-size": 1}
 # Fields of MLATransformerConfig with their defaults, for which Megatron's parser has no flags.
 _WITHOUT_FLAG = {"--original-max-position-embeddings": 4096, "--beta-fast": 32.0, "--beta-slow": 1.0}
 
@@ -65,10 +69,11 @@ def choices(shape: ModelShape) -> list[Argument]:
         return []
     return [
         Argument("--moe-token-dispatcher-type", "alltoall", "moe_token_dispatcher_type"),
-        Argument("--moe-router-load-balancing-type", "none", "moe_router_load_balancing_type"),
         Argument("--moe-aux-loss-coeff", 0, "moe_aux_loss_coeff"),
         Argument("--moe-router-dtype", "fp32", "moe_router_dtype"),
-        *_switch(shape.moe.has_bias, Argument("--moe-router-bias-update-rate", 0, "moe_router_bias_update_rate")),
+        # no flags: slime sets these two itself
+        Argument("", "none", "moe_router_load_balancing_type"),
+        Argument("", 0.0, "moe_router_bias_update_rate"),
     ]
 
 
@@ -149,7 +154,7 @@ def _switch(is_on: bool, argument: Argument) -> Iterator[Argument]:
 def as_flags(arguments: Sequence[Argument]) -> list[str]:
     """A command line: ["--num-layers", "36", "--swiglu", ...]. Raises NameMapError where Megatron has no such flag."""
     words = []
-    for argument in arguments:
+    for argument in (argument for argument in arguments if argument.flag):
         if argument.flag in _WITHOUT_FLAG:
             if argument.value != _WITHOUT_FLAG[argument.flag]:
                 raise NameMapError(f"Megatron's parser has no {argument.flag}, config.json says {argument.value}")
@@ -209,6 +214,34 @@ def model_args_of_script(path: Path) -> list[str]:
     return shlex.split(body, comments=True)
 
 
+class Given:
+    """Model arguments that a user gave on a command line; none at all means that they are to be derived."""
+
+    def __init__(self, words: Sequence[str] = ()) -> None:
+        self.flags = given_flags(words)
+
+    @property
+    def not_compared(self) -> list[str]:
+        """Flags that config.json says nothing about."""
+        return [flag for flag in self.flags if flag not in MODEL_FLAGS and flag not in _VOCABULARY]
+
+    def check(self, shape: ModelShape) -> None:
+        """Raise NameMapError where they differ from config.json."""
+        if self.flags:
+            check_given(shape, self.flags)
+
+    def stacks_layers(self, shape: ModelShape) -> bool:
+        """Whether Megatron-core stacks the layers in a checkpoint: not where --moe-layer-freq is a list."""
+        is_list = isinstance(_value_of(str(self.flags.get("--moe-layer-freq", 1))), list)
+        return not is_list and (shape.moe is None or shape.moe.num_dense_layers == 0)
+
+    @property
+    def vocabulary_divisor(self) -> int:
+        """Megatron pads the vocabulary to a multiple of it."""
+        divisor, ranks = (int(self.flags.get(flag, default)) for flag, default in _VOCABULARY.items())
+        return divisor * ranks
+
+
 def check_given(shape: ModelShape, given: Mapping[str, str | bool]) -> None:
     """Raise NameMapError, naming the flag and both values, where given model arguments differ from config.json.
 
@@ -231,6 +264,8 @@ def check_given(shape: ModelShape, given: Mapping[str, str | bool]) -> None:
 def _default(shape: ModelShape, flag: str) -> Any:
     if flag == "--kv-channels":
         return shape.hidden_size // shape.num_heads
+    if flag == "--rope-type":
+        return None if shape.mla is None else "yarn"
     return _WITHOUT_FLAG.get(flag, _DEFAULTS.get(flag))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -29,7 +30,8 @@ class SandwichNormLayer(TransformerLayer):
 
 
 def _norm(config: Any) -> nn.Module:
-    norm = nn.RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, dtype=config.params_dtype)
+    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    norm = nn.RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, dtype=config.params_dtype, device=device)
     # its gradient is summed over tensor-parallel ranks
     norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm

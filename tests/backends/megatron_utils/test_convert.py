@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_model_is_refused_naming_the_tensor(tmp_path: Pa
 
 def test_the_vocabulary_is_padded_with_zeros_to_megatrons_multiple(tmp_path: Path) -> None:
     model = write_tiny_model("llama", tmp_path / "hf")
-    hf_to_torch_dist(tmp_path / "hf", tmp_path / "megatron", divisor=128)
+    hf_to_torch_dist(tmp_path / "hf", tmp_path / "megatron")
     reader = TorchDistReader(tmp_path / "megatron/release")
     assert reader.shapes["output_layer.weight"] == (256, 32)
     stored = reader.read("output_layer.weight", (0, 0), (256, 32))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from dataclasses import replace
@@ -65,12 +66,7 @@ def test_published_parameter_counts_come_out_of_the_shapes() -> None:
     for name, billions in published.items():
         shape = shape_named(name)
         sizes = {tensor.name: tensor.shape for parameter in all_parameters(shape) for tensor in parameter.hf}
-        total = 0
-        for size in sizes.values():
-            numel = 1
-            for length in size:
-                numel *= length
-            total += numel
+        total = sum(math.prod(size) for size in sizes.values())
         assert total / 1e9 == pytest.approx(billions, rel=0.01), name
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.model_families import CONFIGS, write_tiny_model
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -180,10 +181,41 @@ def test_multi_token_prediction_layers_are_passed_through() -> None:
     assert passed_through(shape, found | extra) == sorted(extra)
 
 
+def test_a_rank_asks_for_what_it_holds_and_no_more(tmp_path: Path) -> None:
+    write_tiny_model("qwen3_moe", tmp_path)
+    shape, source = read_shape(tmp_path), HFDirectory(tmp_path)
+    place = ParallelPlace(layers=[1], tp_rank=1, tp_size=2, ep_rank=1, ep_size=2, etp_rank=1, etp_size=2)
+    num_read = num_held = 0
+
+    def read(name: str, axis: int, start: int, stop: int) -> Tensor:
+        nonlocal num_read
+        part = source.read(name, axis, start, stop)
+        num_read += part.nbytes
+        return part
+
+    for name in _local_names(shape, place):
+        num_held += local_tensor(map_parameter(shape, place, name), read).nbytes
+    assert num_read == num_held
+
+
+def test_only_files_of_the_index_are_read(tmp_path: Path) -> None:
+    """Some models are published with the same weights under other names beside them."""
+    model = write_tiny_model("llama", tmp_path, max_shard_size="20KB")
+    save_file({"output.weight": torch.zeros(2)}, tmp_path / "consolidated.safetensors")
+    source = HFDirectory(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert source.shapes.keys() == model.state_dict().keys()
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert "output.weight" in HFDirectory(tmp_path).shapes
+    with pytest.raises(NameMapError, match=r"holds no \*.safetensors"):
+        HFDirectory(tmp_path / "nowhere")
+
+
 def test_a_parameter_that_no_table_has_is_named() -> None:
     shape = shape_of(AutoConfig.for_model(**CONFIGS["qwen3"]))
-    with pytest.raises(NameMapError, match=r"decoder.layers.0.mlp.linear_fc3.weight of the Megatron model is in no"):
-        map_parameter(shape, ParallelPlace(layers=[0]), "decoder.layers.0.mlp.linear_fc3.weight")
+    for name in ("linear_fc3.weight", "experts.linear_fc1.weight0"):
+        with pytest.raises(NameMapError, match=rf"decoder.layers.0.mlp.{name} of the Megatron model is in no table of"):
+            map_parameter(shape, ParallelPlace(layers=[0]), f"decoder.layers.0.mlp.{name}")
 
 
 @pytest.mark.parametrize(

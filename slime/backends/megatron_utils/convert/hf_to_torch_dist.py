@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from slime.backends.megatron_utils.convert.torch_dist_file import Chunk, write
-from slime.backends.megatron_utils.convert.torch_dist_keys import extra_states, slots, stacks_layers
+from slime.backends.megatron_utils.convert.torch_dist_keys import extra_states, slots
+from slime.backends.megatron_utils.model_arguments import Given
 from slime.backends.megatron_utils.names import (
     HFDirectory,
     Mapped,
@@ -31,28 +32,31 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def hf_to_torch_dist(
-    source: Path, target: Path, *, divisor: int = 128, progress: Callable[[str], None] = lambda name: None
+    source: Path, target: Path, given: Given | None = None, *, progress: Callable[[str], None] = lambda name: None
 ) -> None:
     """Write `target`/release and the tracker that names it; complete or absent.
 
-    divisor: the vocabulary is padded with zeros to a multiple of it, as Megatron does.
+    given: model arguments of the Megatron that will load it, if they are not to be derived from config.json.
     progress: is told each parameter's name before it is written.
     Raises NameMapError, naming the tensor, where the checkpoint is not what its config.json says; OSError where the
     disk has not enough room or `target` holds a checkpoint already.
     """
+    given = given or Given()
     shape = read_shape(source)
+    given.check(shape)
     checkpoint = HFDirectory(source)
     check_checkpoint(shape, checkpoint.shapes)
     _check_tied_copy(shape, checkpoint)
     if (target / TRACKER).exists():
         raise FileExistsError(f"{target} holds a checkpoint already; nothing was written")
-    chunks = list(_chunks(shape, checkpoint, -(-shape.vocab_size // divisor) * divisor, progress))
+    chunks = list(_chunks(shape, checkpoint, given, progress))
     target.mkdir(parents=True, exist_ok=True)
     _check_room(target, sum(chunk.num_bytes for chunk in chunks))
     temporary = target / ".release.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write(chunks, extra_states(shape, all_parameters(shape), stacked=stacks_layers(shape)), temporary)
+        states = extra_states(shape, all_parameters(shape), stacked=given.stacks_layers(shape))
+        write(chunks, states, temporary)
         fsync_tree(temporary)
         replace_directory(temporary, target / "release")
     finally:
@@ -63,11 +67,13 @@ def hf_to_torch_dist(
 
 
 def _chunks(
-    shape: ModelShape, checkpoint: HFDirectory, padded_vocab_size: int, progress: Callable[[str], None]
+    shape: ModelShape, checkpoint: HFDirectory, given: Given, progress: Callable[[str], None]
 ) -> Iterator[Chunk]:
+    divisor, stacked = given.vocabulary_divisor, given.stacks_layers(shape)
+    padded_vocab_size = -(-shape.vocab_size // divisor) * divisor
     for parameter in all_parameters(shape, padded_vocab_size=padded_vocab_size):
         own = parameter.local_shape(0)
-        for slot in slots(shape, parameter, stacked=stacks_layers(shape)):
+        for slot in slots(shape, parameter, stacked=stacked):
             yield Chunk(
                 key=slot.key,
                 full_shape=slot.lengths + own,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from slime.backends.megatron_utils.convert.hf_to_torch_dist import TRACKER
 from slime.backends.megatron_utils.convert.torch_dist_file import TorchDistReader
-from slime.backends.megatron_utils.convert.torch_dist_keys import Slot, slots, stacks_layers
+from slime.backends.megatron_utils.convert.torch_dist_keys import Slot, slots
 from slime.backends.megatron_utils.convert.torch_format import Sharded, read_torch_format
 from slime.backends.megatron_utils.names import (
     HFDirectory,
@@ -20,7 +21,7 @@ from slime.backends.megatron_utils.names import (
     NameMapError,
     all_parameters,
     hf_tensors,
-    passed_through,
+    passed_through_tensors,
     read_shape,
 )
 from slime.weight_sync.disk import write_hf_directory
@@ -52,12 +53,15 @@ def megatron_to_hf(
 
 def _checkpoint_folder(source: Path) -> Path:
     tracker = source / TRACKER
-    if not tracker.is_file():
-        if not source.is_dir():
-            raise FileNotFoundError(f"{source} does not exist")
-        return source
-    step = tracker.read_text().strip()
-    return source / (step if step == "release" else f"iter_{int(step):07d}")
+    folder = source
+    if tracker.is_file():
+        step = tracker.read_text().strip()
+        if step != "release" and not step.isdigit():
+            raise NameMapError(f"{tracker} must hold a step number or release, got {step!r}")
+        folder = source / (step if step == "release" else f"iter_{int(step):07d}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist")
+    return folder
 
 
 def _parameters(folder: Path, shape: ModelShape) -> Iterator[Sharded]:
@@ -78,7 +82,7 @@ def _from_torch_dist(reader: TorchDistReader, shape: ModelShape) -> Iterator[Sha
             continue
         there = [
             slot
-            for stacked in (stacks_layers(shape), not stacks_layers(shape))
+            for stacked in (True, False)
             for slot in slots(shape, parameter, stacked=stacked)
             if slot.key in reader.shapes
         ]
@@ -111,34 +115,25 @@ def _all_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Those of Megatron, then those that pass through."""
     missing = {name for parameter in all_parameters(shape) for name, _ in parameter.hf}
-    has_weights = any(origin.glob("*.safetensors"))
-    source = HFDirectory(origin) if has_weights else None
-    through = passed_through(shape, source.shapes) if source is not None else []
+    source = HFDirectory(origin) if any(origin.glob("*.safetensors")) else None
+    has_tied_copy = source is not None and shape.tied and "lm_head.weight" in source.shapes
     for parameter, shards in parameters:
         progress(parameter.name)
         for name, tensor in hf_tensors(parameter, shards):
             missing.discard(name)
             yield name, tensor.contiguous()
-            if name == "model.embed_tokens.weight" and shape.tied and "lm_head.weight" in through:
+            if name == "model.embed_tokens.weight" and has_tied_copy:
                 yield "lm_head.weight", tensor.clone()
     if missing:
         raise NameMapError(f"tensor {min(missing)} is missing in the checkpoint")
-    for name in through:
-        if source is not None and name != "lm_head.weight":
-            yield name, source.tensor(name)
+    if source is not None:
+        yield from passed_through_tensors(shape, source)
 
 
 def _check_room(directory: Path, shape: ModelShape, folder: Path) -> None:
     """The smaller of what the checkpoint's files hold (perhaps with an optimizer) and the weights in bfloat16."""
-    weights = 2 * sum(_numel(size) for parameter in all_parameters(shape) for _, size in parameter.hf)
+    weights = 2 * sum(math.prod(size) for parameter in all_parameters(shape) for _, size in parameter.hf)
     needed = min(weights, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(f"{directory} has {free / 2**30:.1f} GiB free; {needed / 2**30:.1f} GiB are needed")
-
-
-def _numel(size: tuple[int, ...]) -> int:
-    total = 1
-    for length in size:
-        total *= length
-    return total

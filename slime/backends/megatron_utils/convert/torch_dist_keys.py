@@ -32,11 +32,6 @@ class Slot(NamedTuple):
     lengths: tuple[int, ...] = ()
 
 
-def stacks_layers(shape: ModelShape) -> bool:
-    """Whether Megatron-core stacks this model's layers: where all are dense, or all have experts."""
-    return shape.moe is None or shape.moe.num_dense_layers == 0
-
-
 def slots(shape: ModelShape, parameter: Mapped, *, stacked: bool) -> list[Slot]:
     """Every place where specs of Megatron-core look for a parameter. A copy of tied weights has none."""
     if parameter.is_copy:

@@ -46,7 +46,10 @@ def read_torch_format(folder: Path, shape: ModelShape) -> Iterator[Sharded]:
             if not name.endswith("_extra_state"):
                 yield _joined(shape, layers, name, [state[name] for state in states])
     if first != shape.num_layers:
-        raise NameMapError(f"{folder} holds {first} layers, config.json says {shape.num_layers}")
+        raise NameMapError(
+            f"{folder} holds {first} layers, config.json says {shape.num_layers}. "
+            "Where experts are split among ranks, save in the torch_dist format."
+        )
 
 
 def _stages(folder: Path) -> list[list[Path]]:

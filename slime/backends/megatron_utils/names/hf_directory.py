@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,8 @@ class HFDirectory:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        paths = sorted(Path(directory).glob("*.safetensors"))
-        if not paths:
-            raise NameMapError(f"{directory} holds no *.safetensors")
         self._files: dict[str, Any] = {}
-        for path in paths:
+        for path in _paths(Path(directory)):
             try:
                 file = safe_open(path, "pt").__enter__()
             except (SafetensorError, OSError) as error:
@@ -44,6 +42,16 @@ class HFDirectory:
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""
         return self._files[name].get_tensor(name)
+
+
+def _paths(directory: Path) -> list[Path]:
+    """Those of the index, where there is one: other files may hold the same weights under other names."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if paths := sorted(directory.glob("*.safetensors")):
+        return paths
+    raise NameMapError(f"{directory} holds no *.safetensors")
 
 
 def _dtype(name: str, code: str) -> torch.dtype:

@@ -172,7 +172,7 @@ def _address(place: ParallelPlace, shape: ModelShape, name: str) -> _Address:
     if int(match[1]) >= len(place.layers):
         raise NameMapError(f"parameter {name}: the place has {len(place.layers)} layers only")
     layer, rest = place.layers[int(match[1])], match[2]
-    if (expert := _EXPERT.fullmatch(rest)) is None:
+    if shape.moe is None or (expert := _EXPERT.fullmatch(rest)) is None:
         return _Address(_FUSED_NORMS.get(rest, rest), layer, None)
     number, linear = int(expert[1] or expert[4]), expert[2] or expert[3]
     first = place.ep_rank * (shape.size("experts") // place.ep_size)

@@ -77,9 +77,11 @@ class ModelShape:
         """Whether the MLP of a layer (from 0) is made of experts."""
         return self.moe is not None and layer >= self.moe.num_dense_layers
 
-    def size(self, axis: str) -> int:
-        """The length of an axis that tables name."""
+    def size(self, axis: str | int) -> int:
+        """The length of an axis that tables name; a number is its own."""
         match axis:
+            case int():
+                return axis
             case "hidden":
                 return self.hidden_size
             case "vocab":

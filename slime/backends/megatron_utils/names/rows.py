@@ -2,8 +2,8 @@
 
 A row says: this Megatron parameter is made of these HF tensors (name: axes) in this layout. Names are relative to the
 layer (`decoder.layers.N.` and `model.layers.N.`); `{expert}` stands for an expert's number. Axes are those that
-`ModelShape.size` knows. Megatron names are the local spec's; `mapping.py` knows Transformer Engine's, which fuses norms
-into linear layers.
+`ModelShape.size` knows, or numbers. Megatron names are the local spec's; `mapping.py` knows Transformer Engine's, which
+fuses norms into linear layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from slime.backends.megatron_utils.names.layouts import COLUMN, GATE_UP, REPLICATED, ROW, Layout, qkv
 from slime.backends.megatron_utils.names.model_shape import ModelShape
 
-Axes = tuple[str, ...]
+Axes = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
