@@ -40,7 +40,7 @@ def new_checkpoint(root: str, meta: Meta) -> Iterator[Path]:
     on_first = dist.get_rank() == 0
     if on_first:
         shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "rng").mkdir(parents=True)
+        temporary.mkdir(parents=True)
     dist.barrier()
     try:
         yield temporary
@@ -109,6 +109,7 @@ def write_rng(folder: Path) -> None:
     states = {"torch": torch.get_rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
+    (folder / "rng").mkdir(exist_ok=True)
     torch.save(states, folder / "rng" / f"{dist.get_rank()}.pt")
 
 

@@ -28,6 +28,7 @@ def open_backend(run: RunConfig, cfg: MegatronConfig, device: torch.device, *, b
     elif device.type != "cuda":
         raise ConfigError("--train-backend megatron trains on GPUs, and there is none: use --train-backend fsdp.")
     logger.info("%s", megatron)
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # kernels of tensor-parallel ranks start in order
     from slime.backends.megatron_utils.backend import MegatronBackend
 
