@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slime.arguments import Args
+from slime.backends.megatron_utils.find import find_megatron
 from slime.cli.memory_estimate import (
     Counts,
     ModelSize,
@@ -71,6 +72,12 @@ def _slots(args: Args) -> Iterator[tuple[str, str]]:
     if args.context_parallel_size > 1:
         trainers += f", {args.context_parallel_size} share the tokens of a sample"
     yield "trainers", "none (--debug-rollout-only)" if args.debug_rollout_only else trainers
+    if args.train_backend == "megatron" and not args.debug_rollout_only:
+        yield (
+            "megatron",
+            f"{find_megatron()}; tensor {args.tensor_model_parallel_size}, pipeline "
+            + (f"{args.pipeline_model_parallel_size}, expert {args.expert_model_parallel_size} parallel"),
+        )
     if args.needs_critic:
         yield (
             "critic",
@@ -144,7 +151,8 @@ def _memory(args: Args, findings: Findings, model: MetaModel) -> Iterator[tuple[
         yield "unknown", f"config.json has no {error}"
         return
     load = training_load(args)
-    if not args.debug_rollout_only:
+    is_estimated = args.train_backend == "fsdp" and not args.debug_rollout_only
+    if is_estimated:
         parts = {name: value for name, value in training_peak(size, load).items() if value}
         details = ", ".join(f"{name} {gib(value)}" for name, value in parts.items())
         peak, total = sum(parts.values()), gpu_bytes()
@@ -165,7 +173,7 @@ def _memory(args: Args, findings: Findings, model: MetaModel) -> Iterator[tuple[
     for other in (other for other in args.file_models if not other.update_weights):
         smallest = min(group.num_gpus_per_engine for group in other.groups if group.num_engines)
         yield f"each engine slot of {other.name}", f"weights {gib(checkpoint_bytes(other.model_path) // smallest)}"
-    if args.colocate and not args.debug_rollout_only:
+    if args.colocate and is_estimated:
         both = asleep_bytes(size, load) + weights + 2 * args.update_weight_buffer_size
         yield "while weights are sent", f"{gib(both)}: a trainer's, an engine's weights, two buckets"
 

@@ -75,7 +75,7 @@ class MegatronConfig(Group):
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
 
-def check_megatron(cfg: MegatronConfig, run: RunConfig) -> None:
+def check_megatron(cfg: MegatronConfig, run: RunConfig, *, fp16: bool) -> None:
     """Raise ConfigError for a run that this backend cannot do, as far as that is known before devices are."""
     megatron = find_megatron()
     logger.info("%s", megatron)
@@ -83,6 +83,7 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig) -> None:
     for is_refused, what in (
         (is_on_cpu, "--device cpu: Megatron trains on GPUs"),
         (run.needs_critic, "--advantage-estimator ppo: the Megatron backend has no critic"),
+        (fp16, "--fp16: the Megatron backend computes in bfloat16 or float32"),
         (run.async_save, "--async-save: the Megatron backend saves before it goes on"),
         (cfg.ckpt_format == "torch", "--ckpt-format torch: checkpoints are written as torch_dist"),
         (cfg.moe_grouped_gemm and not megatron.has_transformer_engine, "--moe-grouped-gemm needs Transformer Engine"),
