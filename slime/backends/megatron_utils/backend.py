@@ -248,6 +248,7 @@ class MegatronBackend:
         norm = step_if_finite(
             self.optimizer, lr=lr, clip_grad=self.run.clip_grad, is_loss_finite=math.isfinite(metrics["loss"])
         )
+        self.optimizer.zero_grad()
         self.num_steps += 1
         return StepMetrics(metrics, norm, lr, skipped=not (math.isfinite(norm) and math.isfinite(metrics["loss"])))
 

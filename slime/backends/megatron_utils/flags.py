@@ -11,6 +11,8 @@ from slime.backends.megatron_utils.names import read_shape
 from slime.config.base import ConfigError
 from slime.config.flags import unknown_flag_error
 
+# Of Megatron's own attention and kernels; slime's have one way.
+KERNELS = frozenset({"--attention-softmax-in-fp32", "--attention-backend", "--no-rope-fusion"})
 # slime counts positions by the sequences that come, and pads the vocabulary as the ranks want it.
 IGNORED = frozenset({"--seq-length", "--max-position-embeddings", "--make-vocab-size-divisible-by"})
 
@@ -27,7 +29,7 @@ def further_settings(words: list[str], megatron: Megatron, hf_checkpoint: str) -
             check_given(read_shape(hf_checkpoint), given)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    further = _without(words, MODEL_FLAGS | IGNORED)
+    further = _without(words, MODEL_FLAGS | IGNORED | (frozenset() if megatron.has_training else KERNELS))
     if not further:
         return {}
     if not megatron.has_training:

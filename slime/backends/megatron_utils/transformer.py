@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ def transformer_config(
         "use_cpu_initialization": not is_cuda,
         "calculate_per_token_loss": True,  # gradients are added up among ranks, divided by nothing
         "variable_seq_lengths": True,
-        "bias_activation_fusion": is_cuda,
+        "bias_activation_fusion": is_cuda and _has_compiler(),
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
@@ -48,6 +50,11 @@ def transformer_config(
     }
     further = _further(cfg, TransformerConfig)
     return TransformerConfig(**fields | transformer_config_fields(shape) | _parallel(cfg) | _settings(cfg) | further)
+
+
+def _has_compiler() -> bool:
+    """Whether torch can compile what Megatron fuses."""
+    return any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
 def _parallel(cfg: MegatronConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.megatron_training import STEADY, make_megatron, two_rollouts
+from helpers.model_families import CONFIGS, write_tiny_model
 from helpers.tiny_models import make_tiny_model
 from helpers.training import full_weights, make_backend, random_batch, settings_for
 
@@ -79,3 +80,17 @@ def test_weights_leave_as_they_came(model: Path) -> None:
     expected, found = full_weights(theirs), full_weights(ours)  # type: ignore[arg-type]
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("family", [family for family in CONFIGS if family != "deepseek_v3"])
+def test_every_family_that_can_be_built_has_the_log_probs_of_transformers(family: str, tmp_path: Path) -> None:
+    write_tiny_model(family, tmp_path)
+    args = settings_for(tmp_path)
+    batch = random_batch(seed=5, vocab_size=64)
+    weights = torch.ones(int(batch.response_lengths.sum())).numpy()
+    packed = pack_rows(batch, range(len(batch)), weights)
+    found = []
+    for backend in (make_backend(args), make_megatron(args)):
+        backend.load()
+        found.append(backend.log_probs([packed], "actor", entropy=False)[0].log_probs)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-5)
