@@ -191,9 +191,10 @@ def check_embedded_size(args: Args) -> None:
     groups = [group for _, group in groups_of(args.file_models) if group.num_engines]
     size = max((group.num_gpus_per_engine for group in groups), default=args.rollout_num_gpus_per_engine)
     if size > 1:
+        flag = "--sglang-config: num_gpus_per_engine" if args.file_models else "--rollout-num-gpus-per-engine"
         raise ConfigError(
-            f"--rollout-num-gpus-per-engine {size}: the embedded engine serves one slot. Use 1 (more slots make more "
-            "engines), or --rollout-engine sglang."
+            f"{flag} {size}: the embedded engine serves one slot. Use 1 (more slots make more engines), or "
+            "--rollout-engine sglang."
         )
 
 

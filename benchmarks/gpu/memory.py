@@ -24,7 +24,7 @@ from benchmarks.gpu.train import VARIANTS, add_columns, make_backend, make_batch
 from scripts.random_checkpoint import SHAPES, write_checkpoint
 from slime.arguments import Args
 from slime.backends.fsdp_utils.backend import FSDPBackend
-from slime.cli.dry_run import count, training_load
+from slime.cli.dry_run import count, empty_model, training_load
 from slime.cli.memory_estimate import ModelSize, asleep_bytes, training_peak
 from slime.training.backend import Wants
 from slime.utils.distributed import init_process_group
@@ -62,7 +62,7 @@ def measure_variant(model: Path, device: torch.device, flags: list[str], micro_b
     backend = make_backend(model, device, flags)
     assert isinstance(backend.run, Args)
     config = json.loads((model / "config.json").read_text())
-    size = ModelSize.from_config(config, count(backend._policy("actor").lm))
+    size = ModelSize.from_config(config, count(empty_model(str(model))))
     load = training_load(backend.run)
     rows = []
     for number in sorted(micro_batches):

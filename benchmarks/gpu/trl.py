@@ -46,7 +46,8 @@ def main() -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", default="qwen3-0.6B", choices=SHAPES)
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES, help="the first that runs")
+    parser.add_argument("--trl-python", default=sys.executable, help="the interpreter that has TRL")
     parser.add_argument("--steps", type=int, default=4, help="that count")
     parser.add_argument("--warm-up", type=int, default=grpo.WARM_UP, help="steps before them")
     parser.add_argument("--limit-s", type=float, default=900.0, help="for each run of TRL")
@@ -71,9 +72,11 @@ def main() -> None:
         add_row(table, "slime", ours, ours)
         for engine in options.engines:
             log = options.logs / f"trl-{engine}.log"
-            theirs = trl_seconds(engine, Path(folder), log, steps, options.limit_s)[options.warm_up :]
-            add_row(table, f"TRL, {engine}", theirs, ours)
+            theirs = trl_seconds(options.trl_python, engine, Path(folder), log, steps, options.limit_s)
+            add_row(table, f"TRL, {engine}", theirs[options.warm_up :], ours)
             Console(width=100).print(table)
+            if theirs:
+                return
 
 
 def add_row(table: Table, name: str, seconds: list[float], ours: list[float]) -> None:
@@ -85,10 +88,10 @@ def add_row(table: Table, name: str, seconds: list[float], ours: list[float]) ->
     table.add_row(name, *(f"{value:.2f}" for value in (median(seconds), min(seconds), max(seconds), share)))
 
 
-def trl_seconds(engine: str, folder: Path, log: Path, steps: int, limit_s: float) -> list[float]:
+def trl_seconds(python: str, engine: str, folder: Path, log: Path, steps: int, limit_s: float) -> list[float]:
     """Seconds of each step, run in a process of its own; empty where it failed."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu.trl", "--worker", engine, str(folder), "--steps", str(steps)]
+    command = [python, "-m", "benchmarks.gpu.trl", "--worker", engine, str(folder), "--steps", str(steps)]
     stamps = folder / "stamps.json"
     stamps.unlink(missing_ok=True)
     with log.open("w") as output:

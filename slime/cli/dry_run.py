@@ -150,21 +150,31 @@ def _memory(args: Args, findings: Findings, model: MetaModel) -> Iterator[tuple[
     except KeyError as error:
         yield "unknown", f"config.json has no {error}"
         return
-    load = training_load(args)
-    is_estimated = args.train_backend == "fsdp" and not args.debug_rollout_only
-    if is_estimated:
-        parts = {name: value for name, value in training_peak(size, load).items() if value}
-        details = ", ".join(f"{name} {gib(value)}" for name, value in parts.items())
-        peak, total = sum(parts.values()), gpu_bytes()
-        yield "each trainer", f"{gib(peak)} at its peak: {details}"
-        if total is not None:
-            yield "a GPU of this machine", f"{gib(total)}, {peak / total:.0%} of it at a trainer's peak"
-        if args.offload_train:
-            yield "each trainer asleep", f"{gib(asleep_bytes(size, load))}, page-locked, on the host"
-    if args.debug_train_only:
-        return
-    sizes = {group.num_gpus_per_engine for group in args.policy.groups if group.num_engines}
-    weights = model.counts.num_parameters * model.weight_bytes // min(sizes, default=1)
+    load = training_load(args) if args.train_backend == "fsdp" else None
+    if load is None:
+        yield "each trainer", f"not estimated for --train-backend {args.train_backend}"
+    elif not args.debug_rollout_only:
+        yield from _trainer_memory(args, size, load)
+    if not args.debug_train_only:
+        yield from _engine_memory(args, size, model, load)
+
+
+def _trainer_memory(args: Args, size: ModelSize, load: TrainingLoad) -> Iterator[tuple[str, str]]:
+    parts = {name: value for name, value in training_peak(size, load).items() if value}
+    details = ", ".join(f"{name} {gib(value)}" for name, value in parts.items())
+    peak, total = sum(parts.values()), gpu_bytes()
+    yield "each trainer", f"{gib(peak)} at its peak: {details}"
+    if total is not None:
+        yield "a GPU of this machine", f"{gib(total)}, {peak / total:.0%} of it at a trainer's peak"
+    if args.offload_train:
+        yield "each trainer asleep", f"{gib(asleep_bytes(size, load))}, page-locked, on the host"
+
+
+def _engine_memory(
+    args: Args, size: ModelSize, model: MetaModel, load: TrainingLoad | None
+) -> Iterator[tuple[str, str]]:
+    smallest = min((group.num_gpus_per_engine for group in args.policy.groups if group.num_engines), default=1)
+    weights = model.counts.num_parameters * model.weight_bytes // smallest
     yield (
         "each engine slot",
         f"weights {gib(weights)}, cache {kv_bytes_per_token(size, model.weight_bytes) / 1024:,.1f} KiB a token; "
@@ -173,7 +183,7 @@ def _memory(args: Args, findings: Findings, model: MetaModel) -> Iterator[tuple[
     for other in (other for other in args.file_models if not other.update_weights):
         smallest = min(group.num_gpus_per_engine for group in other.groups if group.num_engines)
         yield f"each engine slot of {other.name}", f"weights {gib(checkpoint_bytes(other.model_path) // smallest)}"
-    if args.colocate and is_estimated:
+    if load is not None and args.colocate and not args.debug_rollout_only:
         both = asleep_bytes(size, load) + weights + 2 * args.update_weight_buffer_size
         yield "while weights are sent", f"{gib(both)}: a trainer's, an engine's weights, two buckets"
 
@@ -195,6 +205,9 @@ def training_load(args: Args) -> TrainingLoad:
         num_critic_ranks=args.num_critics if args.needs_critic and not args.has_critic_slots else 0,
         recomputes=args.gradient_checkpointing,
         is_compiled=is_gpu if args.torch_compile is None else args.torch_compile,
+        keeps_layers=not args.fsdp_reshard_after_forward,
+        offloads_states=args.fsdp_cpu_offload,
+        parks_frozen=args.offload_ref,
         accumulates=(args.global_batch_size or 1) * sample_tokens > tokens * args.num_trainers,
     )
 
@@ -228,14 +241,9 @@ def _folders(args: Args) -> Iterator[tuple[str, str]]:
 
 def _meta_model(directory: str, findings: Findings, *, trust_remote_code: bool) -> MetaModel:
     """The model of config.json on the meta device, its shapes compared with those of the weights on disk."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    factory: Any = AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = factory.from_config(config, trust_remote_code=trust_remote_code)
+    model = empty_model(directory, trust_remote_code=trust_remote_code)
     for name, tensor in model.state_dict().items():
         found = findings.model.shapes.get(name, tuple(tensor.shape))
         if found != tuple(tensor.shape):
@@ -243,12 +251,24 @@ def _meta_model(directory: str, findings: Findings, *, trust_remote_code: bool) 
                 f"--hf-checkpoint: {directory}: tensor {name} has shape {found}, its config.json asks for "
                 f"{tuple(tensor.shape)}."
             )
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
     return MetaModel(count(model), dtype.itemsize)
 
 
+def empty_model(directory: str, *, trust_remote_code: bool = False) -> Any:
+    """The causal LM that config.json describes, on the meta device."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    factory: Any = AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return factory.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def count(lm: Any) -> Counts:
-    """What memory depends on and config.json does not say. lm: a causal LM of transformers, on any device."""
+    """What memory depends on and config.json does not say. lm: a causal LM of transformers, not sharded."""
     from slime.backends.fsdp_utils.model import decoder_layers
 
     layers = decoder_layers(lm)

@@ -98,6 +98,8 @@ class TrainingLoad:
 
     num_frozen: copies of the weights beside the actor's: reference, teacher, old actor. num_critic_ranks: that share
     the actor's slots. accumulates: several micro-batches a step, so that gradients are there from the start.
+    keeps_layers: weights that were gathered stay until the backward. offloads_states: weights, gradients and Adam are
+    on the host. parks_frozen: the frozen models are.
     """
 
     num_ranks: int
@@ -108,6 +110,9 @@ class TrainingLoad:
     recomputes: bool = False
     is_compiled: bool = False
     accumulates: bool = False
+    keeps_layers: bool = False
+    offloads_states: bool = False
+    parks_frozen: bool = False
     num_critic_ranks: int = 0
 
 
@@ -133,23 +138,24 @@ def _mlp_bytes(model: ModelSize, c: int, *, is_compiled: bool) -> int:
 def training_moments(model: ModelSize, load: TrainingLoad) -> list[dict[str, int]]:
     """Bytes on one rank by kind: as the backward begins, in its last layer, and as gradients of the rest are added."""
     c, tokens = load.compute_bytes, load.micro_batch_tokens
-    states = _states(model, load)
+    states = {name: 0 if _is_on_host(name, load) else value for name, value in _states(model, load).items()}
     layer = tokens * layer_activation_bytes(model, compute_bytes=c, is_compiled=load.is_compiled)
     kept = tokens * model.width * c if load.recomputes else layer
     at_work = (layer if load.recomputes else 0) + tokens * 3 * c * _widest(model)  # gradients of the MLP's products
     gathered = c * model.num_root + 2 * c * model.layer_parameters
+    gathered_at_first = c * model.num_parameters if load.keeps_layers else gathered
     logits = min(load.logit_chunk_tokens, tokens) * model.vocabulary * (2 * _FP32 + c % _FP32)
     head = c * model.vocabulary * model.width  # its gradient
     last_norm = tokens * model.width * (_FP32 + 5 * c)
-    share = _FP32 * model.num_parameters // load.num_ranks
-    layers_share = _FP32 * (model.num_parameters - model.num_root) // load.num_ranks
+    share, root_share = (_FP32 * n // load.num_ranks for n in (model.num_parameters, model.num_root))
+    share, root_share = (0, 0) if load.offloads_states else (share, root_share)
     begin = {
         "gradients": head + (share if load.accumulates else 0),
-        "gathered": gathered,
+        "gathered": gathered_at_first,
         "activations": model.num_layers * kept + last_norm + max(at_work, logits),
     }
     last_layer = {
-        "gradients": head + (share if load.accumulates else layers_share),
+        "gradients": head + (share if load.accumulates else share - root_share),
         "gathered": gathered,
         "activations": layer + tokens * 3 * c * _widest(model),
     }
@@ -164,6 +170,10 @@ def training_peak(model: ModelSize, load: TrainingLoad) -> dict[str, int]:
 
 def _widest(model: ModelSize) -> int:
     return max(model.num_chosen * model.expert_width, 0 if model.num_chosen else model.mlp_width)
+
+
+def _is_on_host(kind: str, load: TrainingLoad) -> bool:
+    return load.offloads_states or (kind == "frozen models" and load.parks_frozen)
 
 
 def _states(model: ModelSize, load: TrainingLoad) -> dict[str, int]:

@@ -126,6 +126,7 @@ def replay_settings(args: Args, rollout_id: int, folder: Path) -> Args:
             save=None,
             save_interval=None,
             save_hf=None,
+            async_save=False,
             critic_save=None,
             eval_interval=None,
             eval_prompt_data=None,

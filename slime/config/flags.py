@@ -30,6 +30,8 @@ INSTEAD = {
     "--http-proxy": "drop it: requests to router and engines go there directly",
     "--model-name": "drop it: config.json of --hf-checkpoint says what the model is",
     "--multimodal-keys": "drop it: prompts are text",
+    "--padded-vocab-size": "drop it: vocabularies are padded as far as ranks need",
+    "--data-pad-size-multiplier": "drop it: packs are padded as far as ranks need",
     "--rollout-buffer-url": _NO_BUFFER,
     "--fetch-trajectory-retry-times": _NO_BUFFER,
     "--min-batch-collection-ratio": _NO_BUFFER,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slime.config.base import Group, arg, check, check_template
+from slime.config.base import Group, arg, check, check_positive, check_template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,17 @@ class ObserveConfig(Group):
     ci_load_grad_norm: str | None = arg(None, "Compare it with what another run wrote there; 1% may differ.")
     ci_metric_checker_key: str | None = arg(None, "A metric, such as eval/NAME, that must once have reached ...")
     ci_metric_checker_threshold: float | None = arg(None, "... this value when the run ends.")
+    use_pytorch_profiler: bool = arg(False, "Write traces of trainers to RUN_DIR/profile, for https://ui.perfetto.dev.")
+    profile_target: list[Literal["train_overall", "train_actor", "train_log_probs"]] = arg(
+        ["train_overall"], "What is traced: all of a rollout's training, its optimizer steps, its log-probs."
+    )
+    profile_step_start: int = arg(10, "First rollout that is traced.")
+    profile_step_end: int = arg(12, "The rollout before which tracing ends.")
+    record_memory_history: bool = arg(
+        False, "Record allocations on trainers' GPUs; written when memory runs out, for https://pytorch.org/memory_viz."
+    )
+    memory_snapshot_dir: str | None = arg(None, "Where to (default: RUN_DIR/memory).")
+    memory_snapshot_num_steps: int | None = arg(None, "Write them also after this many rollouts.")
     use_tensorboard: bool = arg(False, "Write TensorBoard events.")
     tb_project_name: str | None = arg(None, "Folder of the events (default: RUN_DIR/tensorboard).")
     tb_experiment_name: str | None = arg(None, "Folder below it.")
@@ -83,4 +94,7 @@ class ObserveConfig(Group):
         check(threshold > 0, "ci_train_rollout_logprob_abs_diff_threshold", "above 0", threshold)
         share = self.load_debug_rollout_data_subsample
         check(share is None or 0 < share <= 1, "load_debug_rollout_data_subsample", "above 0 and at most 1", share)
+        check_positive(self, "memory_snapshot_num_steps")
+        start, end = self.profile_step_start, self.profile_step_end
+        check(0 <= start < end, "profile_step_end", f"above --profile-step-start {start}, which is 0 or more", end)
         super().__post_init__()

@@ -54,6 +54,10 @@ def _debug(config: RunConfig) -> dict[str, Any]:
         config.load_debug_rollout_data_subsample is None or config.load_debug_rollout_data is not None,
         "--load-debug-rollout-data-subsample goes with --load-debug-rollout-data.",
     )
+    _require(
+        config.memory_snapshot_num_steps is None or config.record_memory_history,
+        "--memory-snapshot-num-steps has no effect without --record-memory-history: add it.",
+    )
     if config.debug_rollout_only:
         _require(
             not (config.debug_train_only or config.load_debug_rollout_data),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slime.arguments import Args
 
-KL_TOLERANCE = 1e-4  # what half precision leaves of 0 in another order; other weights are far beyond
+KL_TOLERANCE = 1e-3  # what half precision leaves of 0 in a few tokens; other weights are far beyond
 GRAD_NORM_TOLERANCE = 0.01  # relative
 
 

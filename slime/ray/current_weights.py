@@ -39,6 +39,7 @@ class CurrentWeights:
     async def wanted(self) -> int:
         """The version that is to be written; returns when one is."""
         await self._wanted.wait()
+        self._wanted.clear()  # or whoever asks again before these are written has them written twice
         assert self.version is not None
         return self.version
 

@@ -189,7 +189,8 @@ class EngineFleet:
         return [None if engine.is_lost else engine.url for engine in self.policy_engines]
 
     async def _weight_files(self) -> WeightFiles:
-        return await self.weights.files(timeout_s=self.args.weight_sync_timeout_s)
+        timeout_s = self.args.train_timeout_s + self.args.weight_sync_timeout_s  # trainers may be in the middle of it
+        return await self.weights.files(timeout_s=timeout_s)
 
     async def weights_wanted(self) -> int:
         """Returns a version that lies in no file, once an engine is to be started with it."""

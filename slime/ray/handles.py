@@ -175,7 +175,8 @@ class ActorGroup:
     def write_weights(self, version: int) -> WeightFiles:
         """Write the weights to files: `version`, or a later one that the trainers have reached."""
         calls = [rank.write_weights.remote(version) for rank in self.ranks]
-        return self._all(calls, self.args.weight_sync_timeout_s, f"weights v{version} to be written")[0]
+        timeout_s = self.args.train_timeout_s + self.args.weight_sync_timeout_s  # they may be in the middle of training
+        return self._all(calls, timeout_s, f"weights v{version} to be written")[0]
 
     def save(self, rollout_id: int) -> None:
         """Write a checkpoint."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from slime.training.backend import TrainBackend
+    from slime.training.recipe import Phase
     from slime.weight_sync.update import Transport
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class TrainActor:
         self.is_reporter = self.backend.layout.is_reporter
         process = f"{PROCESS_NAMES[self.role]} {self.rank}"
         self.timer = PhaseTimer(self.run_dir if self.is_reporter else None, process=process)
+        self.phase = self._profiled_phase()
         if self.role == "critic":
             self._open_critic()
         else:
@@ -118,6 +120,23 @@ class TrainActor:
         first_rollout_id = self.backend.load()
         self._begin_wait(first_rollout_id)
         return first_rollout_id
+
+    def _profiled_phase(self) -> Phase:
+        """What times phases and, with --use-pytorch-profiler, traces some; the critic's are not."""
+        from slime.observability.profile import MemoryHistory, PhaseProfiler
+
+        args, is_critic = self.args, self.role == "critic"
+        folder = Path(args.memory_snapshot_dir or self.run_dir / "memory")
+        self.memory_history = None
+        if args.record_memory_history and not is_critic:
+            self.memory_history = MemoryHistory(folder, rank=self.rank, num_steps=args.memory_snapshot_num_steps)
+        if not args.use_pytorch_profiler or is_critic:
+            return self.timer.phase
+        rollouts = range(args.profile_step_start, args.profile_step_end)
+        profiler = PhaseProfiler(
+            self.timer, self.run_dir / "profile", targets=args.profile_target, rollouts=rollouts, rank=self.rank
+        )
+        return profiler.phase
 
     def _open_actor(self, weights_dir: Path, device: torch.device) -> None:
         from slime.training.recipe import Recipe
@@ -130,7 +149,7 @@ class TrainActor:
             self.args,
             self.args,
             dump_dir=dump_dir,
-            phase=self.timer.phase,
+            phase=self.phase,
             train_dump=self.args.save_debug_train_data,
         )
         hook = self.args.custom_update_weight_post_write_path
@@ -176,6 +195,8 @@ class TrainActor:
         self.num_trained = rollout_id + 1
         times = self.timer.collect()
         self._begin_wait(rollout_id + 1)
+        if self.memory_history is not None:
+            self.memory_history.trained(rollout_id)
         return metrics | times | self._speed(batch, times["perf/actor_train_time"])
 
     def _speed(self, batch: TrainBatch, seconds: float) -> dict[str, float]:
@@ -206,7 +227,7 @@ class TrainActor:
         """This rank's share of the time of `rollout_id`; before it, it waited."""
         self._wait.close()
         self.timer.rollout_id = rollout_id
-        with self.timer.phase(_PHASES[self.role]):
+        with self.phase(_PHASES[self.role]):
             yield
 
     def _begin_wait(self, rollout_id: int) -> None:

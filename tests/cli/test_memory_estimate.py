@@ -186,6 +186,26 @@ def test_further_models_and_micro_batches_take_their_share() -> None:
     assert asleep_bytes(size, replace(LOAD, num_frozen=2)) == (12 + 8) * size.num_parameters
 
 
+def test_what_lies_on_the_host_takes_no_memory_of_the_gpu() -> None:
+    size = size_of("qwen3-0.6B")
+    load = replace(LOAD, num_frozen=1, accumulates=True)
+    loads = (load, replace(load, parks_frozen=True), replace(load, offloads_states=True))
+    plain, parked, offloaded = (training_moments(size, each) for each in loads)
+    for usual, without_frozen, without_states in zip(plain, parked, offloaded, strict=True):
+        total = sum(usual.values())
+        assert total - sum(without_frozen.values()) == 4 * size.num_parameters
+        assert total - sum(without_states.values()) == (12 + 4 + 4) * size.num_parameters
+    assert asleep_bytes(size, replace(load, offloads_states=True)) == asleep_bytes(size, load)
+
+
+def test_weights_that_stay_gathered_are_there_when_the_backward_begins() -> None:
+    size = size_of("qwen3-0.6B")
+    begin, *later = training_moments(size, LOAD)
+    more, *same = training_moments(size, replace(LOAD, keeps_layers=True))
+    assert more["gathered"] - begin["gathered"] == 2 * (size.num_parameters - size.num_root - 2 * size.layer_parameters)
+    assert later == same
+
+
 def test_a_cache_holds_keys_and_values_of_each_layer() -> None:
     assert kv_bytes_per_token(size_of("qwen3-4B"), 2) == 2 * 36 * 8 * 128 * 2
 

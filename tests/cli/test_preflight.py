@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,10 @@ def test_the_plan_tells_memory_awake_and_asleep(make_args: MakeArgs) -> None:
     disaggregated = make_args([ROW], "--rm-type", "random", "--no-colocate", "--rollout-num-gpus", "1")
     names = {name for section in plan(disaggregated, preflight(disaggregated)) for name, _ in section.rows}
     assert not {"each trainer asleep", "while weights are sent"} & names
+    megatron = replace(args, train_backend="megatron")
+    rows = dict(row for section in plan(megatron, preflight(megatron)) for row in section.rows)
+    assert rows["each trainer"] == "not estimated for --train-backend megatron"
+    assert "while weights are sent" not in rows
 
 
 def test_what_a_rank_holds_follows_from_the_settings(make_args: MakeArgs) -> None:

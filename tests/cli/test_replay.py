@@ -87,6 +87,11 @@ def test_a_run_that_sampled_ahead_and_evaluated_is_repeated_by_the_plain_loop(ma
     check_loop(replay_settings(args, 2, tmp_path / "again"), is_async=False)
 
 
+def test_a_run_that_saved_beside_training_is_repeated_without_saving(make_run: Any, tmp_path: Path) -> None:
+    again = replay_settings(make_run(dumps=range(3), async_save=True), 2, tmp_path / "again")
+    assert (again.save, again.async_save) == (None, False)
+
+
 def test_a_run_that_kept_nothing_cannot_be_repeated(tmp_path: Path) -> None:
     with pytest.raises(ReplayError, match="the run kept no rollouts: start it with --dump-details"):
         replay_settings(settings_for("model"), 0, tmp_path)

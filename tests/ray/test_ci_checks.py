@@ -33,7 +33,7 @@ def test_a_run_as_it_should_be_passes() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"train/ppo_kl": 0.01}, "train/ppo_kl of rollout 0 is 0.01, at most 0.0001 is right"),
+        ({"train/ppo_kl": 0.01}, "train/ppo_kl of rollout 0 is 0.01, at most 0.001 is right"),
         ({"train/kl_loss": -0.02}, "train/kl_loss of rollout 0 is -0.02"),
         ({"train/kl_loss": float("nan")}, "train/kl_loss of rollout 0 is nan"),
         ({"train/train_rollout_logprob_abs_diff": 0.2}, "logprob_abs_diff of rollout 0 is 0.2, at most 0.1 is right"),

@@ -23,6 +23,7 @@ def test_weights_in_no_file_are_written_once_for_all_who_wait() -> None:
         starts = asyncio.gather(weights.files(timeout_s=5.0), weights.files(timeout_s=5.0))
         assert await asyncio.wait_for(weights.wanted(), 1.0) == 3
         again = asyncio.ensure_future(weights.wanted())
+        assert (await asyncio.wait({again}, timeout=0.05))[1] == {again}
         weights.written(3, WeightFiles(3, "there"))
         assert await starts == [WeightFiles(3, "there")] * 2
         assert await weights.files(timeout_s=1.0) == WeightFiles(3, "there")

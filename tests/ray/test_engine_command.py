@@ -9,6 +9,7 @@ import pytest
 
 from slime.arguments import Args
 from slime.config import ConfigError
+from slime.config.served_models import ServedModel, ServerGroup
 from slime.engine.spec import EngineSpec
 from slime.ray.engine_command import engine_client, engine_commands, resolve_engine, transport_kind
 
@@ -37,6 +38,20 @@ def test_an_embedded_engine_of_several_slots_is_refused_once_it_is_known_to_be_o
     assert resolve_engine(args, "cuda").rollout_num_gpus_per_engine == 2
     with pytest.raises(ConfigError, match="the embedded engine serves one slot"):
         resolve_engine(args, "cpu")
+
+
+def test_so_are_groups_of_a_file_that_the_embedded_engine_cannot_be() -> None:
+    args = replace(ARGS, rollout_engine="embedded", hf_checkpoint="/model")
+    wide, gap = ServerGroup("regular", 2, 2), ServerGroup("placeholder", 2, 2)
+    halves = (ServerGroup("prefill", 1, 1), ServerGroup("decode", 1, 1))
+    for groups, message in (
+        ((wide,), "--sglang-config: num_gpus_per_engine 2: the embedded engine serves one slot"),
+        (halves, "--sglang-config: worker_type prefill needs SGLang"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resolve_engine(replace(args, file_models=(ServedModel("actor", "/model", True, groups),)), "cpu")
+    narrow = (ServerGroup("regular", 1, 1), gap)
+    assert resolve_engine(replace(args, file_models=(ServedModel("actor", "/model", True, narrow),)), "cpu") is not None
 
 
 def test_each_kind_of_engine_has_its_command(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ def test_a_mixture_of_experts_learns_and_its_engine_follows(start: Starter) -> N
     exports = start.folder / "hf_{rollout_id}"
     run = start(
         *("--hf-checkpoint", str(model), "--num-rollout", "3", "--check-weight-update-equal"),
+        *("--use-pytorch-profiler", "--profile-step-start", "1", "--profile-step-end", "2"),
         *("--save", str(start.folder / "ckpt"), "--save-hf", str(exports), "--async-save"),
     ).succeeds()
     before = load_file(model / "model.safetensors")
@@ -25,4 +26,5 @@ def test_a_mixture_of_experts_learns_and_its_engine_follows(start: Starter) -> N
     gaps = [metrics["train/train_rollout_logprob_abs_diff"] for metrics in run.metrics("train/step")]
     assert len(gaps) == 3
     assert max(gaps) < 1e-4  # engine and trainer mean the same model, also after updates
+    assert [path.name for path in (run.run_dir / "profile").iterdir()] == ["train_000001_rank_0000.json.gz"]
     run.leaves_nothing()

@@ -5,13 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlparse
 
+import pytest
+
 from tests.e2e.cpu.helpers.runs import ENGINE, Starter
 from tests.helpers.embedded_engine import running_engine
 
 
-def test_engines_of_somebody_else_get_weights_and_requests_and_outlive_the_run(start: Starter, model: Path) -> None:
+@pytest.mark.parametrize("transport", ["auto", pytest.param("distributed", marks=pytest.mark.slow)])
+def test_engines_of_somebody_else_get_weights_and_requests_and_outlive_the_run(
+    start: Starter, model: Path, transport: str
+) -> None:
     with running_engine(model, "--random-seed", "0", "--num-threads", "1") as engine:
-        run = start("--no-colocate", "--rollout-external-engine-addrs", urlparse(engine.url).netloc)
+        address = urlparse(engine.url).netloc
+        run = start(
+            *("--no-colocate", "--rollout-external-engine-addrs", address, "--update-weight-transport", transport)
+        )
         run.reaches("record_000000.json")
         assert run.processes(ENGINE) == []
         run.succeeds().leaves_nothing(within_s=10)

@@ -71,6 +71,21 @@ def test_what_dies_as_a_rollout_is_aborted_costs_no_sample(start: Starter, part:
     run.leaves_nothing()
 
 
+def test_an_engine_killed_while_trainers_train_is_told_which_version_the_weights_are_that_it_gets(
+    start: Starter,
+) -> None:
+    flags = (*APART, *LENGTHS, *saved(start), "--update-weight-transport", "distributed")
+    run = start(*flags, "--num-steps-per-rollout", "8", command=TRAIN_ASYNC).reaches("record_000000.json")
+    run.the_process(ENGINE).send_signal(signal.SIGKILL)
+    run.succeeds(WITHIN_S)
+    assert has_every_sample_once(start, run)
+    assert "writing weights v0 for an engine that is to be started" in run.output()
+    versions = [sample["weight_versions"] for sample in run.samples(1)]
+    assert {version for sample in versions for version in sample} <= {"0", "1"}
+    assert all(sample == sorted(sample) for sample in versions)
+    run.leaves_nothing()
+
+
 @pytest.mark.parametrize(("mode", "command"), MODES)
 def test_a_rollout_process_that_is_killed_ends_the_run_and_a_resumed_one_has_every_sample(
     start: Starter, mode: tuple[str, ...], command: tuple[str, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from slime.observability.profile import MemoryHistory
 from slime.training.plan import everything
 from slime.utils.distributed import communication, init_process_group
 from slime.utils.http_utils import find_free_port
@@ -130,3 +132,19 @@ def test_experts_in_groups_train_as_one_by_one(
     for eager, grouped in zip(*metrics, strict=True):
         assert grouped["train/grad_norm"] == pytest.approx(eager["train/grad_norm"], rel=5e-2)
         assert grouped["rollout/log_probs"] == pytest.approx(eager["rollout/log_probs"], abs=2e-2)
+
+
+def test_the_history_of_memory_is_written(mixed_world: None, model: Path, tmp_path: Path) -> None:
+    history = MemoryHistory(tmp_path / "memory", rank=0, num_steps=2)
+    _, recipe = build(settings(model), tmp_path)
+    for step in range(2):
+        recipe.train(step, rollout())
+        history.trained(step)
+    (path,) = (tmp_path / "memory").iterdir()
+    assert path.name == "rollout_000001_rank_0000.pickle"
+    snapshot = pickle.loads(path.read_bytes())
+    assert any(trace for trace in snapshot["device_traces"])
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(2 * torch.cuda.get_device_properties(0).total_memory, dtype=torch.uint8, device="cuda")
+    assert (tmp_path / "memory" / "out_of_memory_rank_0000.pickle").is_file()
+    torch.cuda.memory._record_memory_history(enabled=None)
