@@ -82,7 +82,6 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig, *, fp16: bool) -> None:
     is_on_cpu = run.device == "cpu" and cfg.custom_megatron_init_path is None
     for is_refused, what in (
         (is_on_cpu, "--device cpu: Megatron trains on GPUs"),
-        (run.needs_critic, "--advantage-estimator ppo: the Megatron backend has no critic"),
         (fp16, "--fp16: the Megatron backend computes in bfloat16 or float32"),
         (run.async_save, "--async-save: the Megatron backend saves before it goes on"),
         (cfg.ckpt_format == "torch", "--ckpt-format torch: checkpoints are written as torch_dist"),
@@ -91,6 +90,8 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig, *, fp16: bool) -> None:
         if is_refused:
             raise ConfigError(f"{what}. Change that, or use --train-backend fsdp.")
     check_parallelism(cfg, run.num_trainers, run.context_parallel_size)
+    if run.needs_critic:
+        check_parallelism(cfg, run.num_critics, run.context_parallel_size)
 
 
 def check_parallelism(cfg: MegatronConfig, num_ranks: int, context: int) -> None:
@@ -99,13 +100,13 @@ def check_parallelism(cfg: MegatronConfig, num_ranks: int, context: int) -> None
     tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
     if num_ranks % size:
         raise ConfigError(
-            f"The {num_ranks} trainer ranks must be a multiple of --tensor-model-parallel-size {tensor} x "
+            f"The {num_ranks} ranks must be a multiple of --tensor-model-parallel-size {tensor} x "
             f"--pipeline-model-parallel-size {pipeline} x --context-parallel-size {context} = {size}."
         )
     expert = cfg.expert_model_parallel_size * (cfg.expert_tensor_parallel_size or tensor) * pipeline
     if cfg.expert_model_parallel_size > 1 and num_ranks % expert:
         raise ConfigError(
-            f"The {num_ranks} trainer ranks must be a multiple of --expert-model-parallel-size "
+            f"The {num_ranks} ranks must be a multiple of --expert-model-parallel-size "
             f"{cfg.expert_model_parallel_size} x --expert-tensor-parallel-size "
             f"{cfg.expert_tensor_parallel_size or tensor} x --pipeline-model-parallel-size {pipeline} = {expert}."
         )

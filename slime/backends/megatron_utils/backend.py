@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from slime.backends.megatron_utils import checkpoint, sources, transformer
 from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.folders import Meta, read_meta
 from slime.backends.megatron_utils.gather import gathered_tensors
-from slime.backends.megatron_utils.head import TokenHead
+from slime.backends.megatron_utils.head import TokenHead, ValueHead
 from slime.backends.megatron_utils.model import Weights, build_chunk, copy_into, host_copy, read_weights
 from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, read_shape
 from slime.backends.megatron_utils.optimizer import gradient_buffers, make_optimizer, state_tensors, step_if_finite
@@ -48,7 +48,14 @@ from slime.weight_sync.disk import write_hf_directory
 
 logger = logging.getLogger(__name__)
 
-_STORE_PREFIX: dict[ModelTag, str] = {"actor": "", "ref": "ref_", "old_actor": "old_", "teacher": "teacher_"}
+Role = Literal["actor", "critic"]
+_STORE_PREFIX: dict[ModelTag, str] = {
+    "actor": "",
+    "critic": "",
+    "ref": "ref_",
+    "old_actor": "old_",
+    "teacher": "teacher_",
+}
 
 
 class MegatronBackend:
@@ -65,8 +72,10 @@ class MegatronBackend:
         *,
         dtype: torch.dtype,
         transformer_engine: bool = False,
+        role: Role = "actor",
     ) -> None:
-        """dtype: of weights and computation; optimizer state is float32."""
+        """dtype: of weights and computation; optimizer state is float32. role: a critic's `run` is `critic_run`."""
+        self.role: Role = role
         self.run = run
         self.cfg = cfg
         self.device = device
@@ -104,19 +113,21 @@ class MegatronBackend:
         self.chunk = build_chunk(
             self.config,
             self.shape,
-            transformer.model_options(self.shape, self.cfg),
+            transformer.model_options(self.shape, self.cfg, is_critic=self.role == "critic"),
             transformer_engine=self.transformer_engine,
             device=self.device,
         )
-        source = sources.actor_source(self.run)
-        self._read(source)
         self.head = self._head() if is_last_stage() else None
+        is_critic = self.role == "critic"
+        source = sources.critic_source(self.run) if is_critic else sources.actor_source(self.run)
+        self._read(source)
         self.chunk.wrapped = self._wrapped(self.chunk.lm)
         optimizer_config = transformer.optimizer_config(self.run, self.cfg, dtype=self.dtype)
         self.optimizer = make_optimizer(optimizer_config, self.chunk.wrapped)
         self.config.finalize_model_grads_func = _finalize
         continued = self._continued(source)
-        self._load_frozen(source.path if continued is not None else None)
+        if self.role == "actor":
+            self._load_frozen(source.path if continued is not None else None)
         return 0 if continued is None else continued.rollout_id + 1
 
     def _read(self, source: Source) -> None:
@@ -126,7 +137,8 @@ class MegatronBackend:
             return
         files = HFDirectory(source.path)
         check_checkpoint(self.shape, files.shapes)
-        copy_into(self.chunk, read_weights(self.chunk, self.shape, files))
+        own_head = "output_layer." if self.role == "critic" else None
+        copy_into(self.chunk, read_weights(self.chunk, self.shape, files, but_for=own_head))
 
     def _continued(self, source: Source) -> Meta | None:
         """Restore what the run's own checkpoint holds besides weights; None where the run starts anew."""
@@ -161,7 +173,9 @@ class MegatronBackend:
         if wanted:
             copy_into(self.chunk, own)
 
-    def _head(self) -> TokenHead:
+    def _head(self) -> TokenHead | ValueHead:
+        if self.role == "critic":
+            return ValueHead(self.chunk.lm)
         rule = LogitRule(self.run.rollout_temperature, None, self.run.log_probs_chunk_size)
         return TokenHead(self.chunk.lm, vocab_size=self.shape.vocab_size, rule=rule)
 
@@ -179,7 +193,7 @@ class MegatronBackend:
             write_hf_directory(
                 self.hf_tensors(), directory, assets=run.hf_checkpoint, is_writer=is_writer, is_durable=True
             )
-        meta = Meta(rollout_id, self.num_steps, schedule_of(run, self._total_steps()))
+        meta = Meta(rollout_id, self.num_steps, schedule_of(run, self._total_steps()), self.role)
         with checkpoint.new_checkpoint(run.save, meta) as folder:
             checkpoint.write(folder, self.chunk.lm, None if run.no_save_optim else self.optimizer)
             checkpoint.write_rng(folder)
@@ -228,10 +242,15 @@ class MegatronBackend:
         lengths = [len(batch.target_index) for batch in batches]
         all_T = torch.zeros(1 + entropy, sum(lengths), device=self.device)
         for part_T, (inputs, outputs) in zip(all_T.split(lengths, dim=1), found, strict=False):
-            part_T[0, inputs.kept] = outputs.log_probs
+            part_T[0, inputs.kept] = outputs.log_probs if outputs.values is None else outputs.values
             if outputs.entropy is not None:
                 part_T[1, inputs.kept] = outputs.entropy
         tensor_from_last_stage(over_context(all_T))
+        if self.role == "critic":
+            return [
+                TokenOutputs(torch.zeros_like(part_T[0]), values=part_T[0].clone())
+                for part_T in all_T.split(lengths, 1)
+            ]
         return [
             TokenOutputs(part_T[0].clone(), entropy=part_T[1].clone() if entropy else None)
             for part_T in all_T.split(lengths, dim=1)
@@ -326,7 +345,7 @@ class MegatronBackend:
     @contextlib.contextmanager
     def _weights_of(self, tag: ModelTag) -> Iterator[None]:
         """The model with the weights of `tag`, then with its own again."""
-        if tag == "actor":
+        if tag == self.role:
             yield
             return
         own = host_copy(self.chunk)

@@ -21,6 +21,7 @@ class Meta(NamedTuple):
     rollout_id: int
     num_steps: int
     schedule: dict[str, Any]
+    role: str = "actor"
 
 
 def find_checkpoint(root: str | None, step: int | None) -> Path | None:

@@ -12,11 +12,45 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from slime.backends.megatron_utils.packing import Inputs
 from slime.backends.shared.target_log_probs import LogitRule, VocabShard, chunk_logits, sharded_target_log_probs
 from slime.training.backend import TokenOutputs, Wants
+
+
+class ValueHead(nn.Module):
+    """A critic's output layer: what is still to be expected before each response token; of a new critic, 0 everywhere.
+
+    It is told and asked as `TokenHead` is.
+    """
+
+    def __init__(self, lm: GPTModel) -> None:
+        """Takes the place of the output layer of `lm`."""
+        super().__init__()
+        config, like = lm.config, lm.output_layer.weight
+        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=like.device))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=config.params_dtype, device=like.device))
+        self.is_sequence_parallel = config.sequence_parallel
+        self.wanted: tuple[Inputs, Wants] | None = None
+        self.outputs: TokenOutputs | None = None
+        lm.output_layer = self
+
+    def forward(self, hidden: Tensor, weight: Tensor | None = None, **options: Any) -> tuple[Tensor, None]:
+        """hidden: [n, 1, E], of this tensor-parallel rank's n with sequence parallel. Returns values [t, 1]."""
+        assert self.wanted is not None
+        if self.is_sequence_parallel:  # every rank has the whole gradient
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        hidden_tE = hidden[:, 0].index_select(0, self.wanted[0].predictors).float()
+        values = nn.functional.linear(hidden_tE, self.weight.float(), self.bias.float())
+        self.outputs = TokenOutputs(torch.zeros_like(values[:, 0]), values=values[:, 0])
+        return values, None
+
+    def take(self) -> TokenOutputs:
+        """The outputs of the last forward."""
+        assert self.outputs is not None
+        outputs, self.outputs, self.wanted = self.outputs, None, None
+        return outputs
 
 
 class TokenHead:

@@ -53,19 +53,24 @@ def build_chunk(
 
 
 @torch.no_grad()
-def read_weights(chunk: Chunk, shape: ModelShape, checkpoint: HFDirectory) -> Weights:
-    """This rank's weights out of a Hugging Face directory, on the host; only what it holds is read."""
+def read_weights(chunk: Chunk, shape: ModelShape, checkpoint: HFDirectory, *, but_for: str | None = None) -> Weights:
+    """This rank's weights out of a Hugging Face directory, on the host; only what it holds is read.
+
+    but_for: the start of names that are none of the directory's.
+    """
     return {
         name: local_tensor(map_parameter(shape, chunk.place, name), checkpoint.read).to(tensor.dtype)
         for name, tensor in chunk.weights().items()
+        if but_for is None or not name.startswith(but_for)
     }
 
 
 @torch.no_grad()
 def copy_into(chunk: Chunk, weights: Weights) -> None:
-    """Overwrite the chunk's weights."""
-    for name, tensor in chunk.weights().items():
-        tensor.copy_(weights[name], non_blocking=True)
+    """Overwrite the chunk's weights of these names."""
+    own = chunk.weights()
+    for name, tensor in weights.items():
+        own[name].copy_(tensor, non_blocking=True)
 
 
 def host_copy(chunk: Chunk) -> Weights:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from slime.backends.megatron_utils.folders import CheckpointError, find_checkpoint
-from slime.config.run import RunConfig
+from slime.backends.megatron_utils.folders import CheckpointError, find_checkpoint, read_meta
+from slime.config.run import RunConfig, critic_settings
 
 logger = logging.getLogger(__name__)
+
+RunT = TypeVar("RunT", bound=RunConfig)
 
 
 class Source(NamedTuple):
@@ -28,6 +31,30 @@ def actor_source(run: RunConfig) -> Source:
             return own._replace(is_own=True)
         logger.info("--load %s holds no checkpoint: starting from --ref-load or --hf-checkpoint", run.load)
     return reference_source(run)
+
+
+def critic_source(run: RunConfig) -> Source:
+    """run: `critic_run`. What it loads; without anything in it --critic-load, else --hf-checkpoint."""
+    own = None if run.load is None else _found(run.load, run.ckpt_step)
+    source = _model_of("--critic-load", run.critic_load, None, run.hf_checkpoint) if own is None else own
+    meta = read_meta(source.path) if source.is_checkpoint else None
+    if source.is_checkpoint and (meta is None or meta.role != "critic"):
+        raise CheckpointError(f"{source.path} is no critic: start one from a Hugging Face directory")
+    return source._replace(is_own=own is not None)
+
+
+def critic_run(run: RunT) -> RunT:
+    """The settings of the critic that goes with the actor of `run`.
+
+    Where the actor goes on from a checkpoint, so does the critic, from that of the same rollout. Raises CheckpointError
+    where there is none.
+    """
+    critic = critic_settings(run)
+    actor = find_checkpoint(run.load, run.ckpt_step)
+    meta = None if actor is None or run.finetune else read_meta(actor)
+    if meta is None or critic.load is None:
+        return critic
+    return replace(critic, ckpt_step=meta.rollout_id)
 
 
 def reference_source(run: RunConfig) -> Source:

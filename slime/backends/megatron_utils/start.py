@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.find import Megatron, find_megatron
+from slime.backends.megatron_utils.sources import critic_run
 from slime.config.base import ConfigError
 from slime.config.run import RunConfig
 from slime.utils.misc import load_function
@@ -20,8 +21,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def open_backend(run: RunConfig, cfg: MegatronConfig, device: torch.device, *, bf16: bool | None) -> MegatronBackend:
-    """This rank's backend, not yet loaded. bf16: as --bf16; by default on GPUs."""
+def open_backend(
+    run: RunConfig,
+    cfg: MegatronConfig,
+    device: torch.device,
+    *,
+    bf16: bool | None,
+    role: Literal["actor", "critic"] = "actor",
+) -> MegatronBackend:
+    """This rank's backend, not yet loaded. run: the actor's. bf16: as --bf16; by default on GPUs."""
     megatron = find_megatron()
     if cfg.custom_megatron_init_path is not None:
         load_function(cfg.custom_megatron_init_path)(run)
@@ -34,11 +42,12 @@ def open_backend(run: RunConfig, cfg: MegatronConfig, device: torch.device, *, b
 
     wants_bf16 = device.type == "cuda" if bf16 is None else bf16
     return MegatronBackend(
-        run,
+        critic_run(run) if role == "critic" else run,
         cfg,
         device,
         dtype=torch.bfloat16 if wants_bf16 else torch.float32,
         transformer_engine=uses_transformer_engine(cfg, megatron),
+        role=role,
     )
 
 

@@ -120,7 +120,8 @@ def _further(cfg: MegatronConfig, kind: Any) -> dict[str, Any]:
     return {name: value for name, value in cfg.megatron_args.items() if name in names}
 
 
-def model_options(shape: ModelShape, cfg: MegatronConfig) -> dict[str, Any]:
-    """What GPTModel takes besides the configuration and the layers."""
+def model_options(shape: ModelShape, cfg: MegatronConfig, *, is_critic: bool) -> dict[str, Any]:
+    """What GPTModel takes besides the configuration and the layers. A critic's output layer is its own."""
     padded = math.ceil(shape.vocab_size / cfg.tensor_model_parallel_size) * cfg.tensor_model_parallel_size
-    return {"vocab_size": padded, "max_sequence_length": LONGEST, **gpt_model_options(shape)}
+    options = {"vocab_size": padded, "max_sequence_length": LONGEST, **gpt_model_options(shape)}
+    return options | ({"share_embeddings_and_output_weights": False} if is_critic else {})

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.megatron_training import STEADY, make_megatron, two_rollouts
+from helpers.megatron_training import STEADY, make_megatron, two_critic_rollouts, two_rollouts
 from helpers.model_families import CONFIGS, write_tiny_model
 from helpers.tiny_models import make_tiny_model
 from helpers.training import full_weights, make_backend, random_batch, settings_for
 
+from slime.backends.fsdp_utils.backend import FSDPBackend
 from slime.data.packed import pack_rows
 
 
@@ -80,6 +82,30 @@ def test_weights_leave_as_they_came(model: Path) -> None:
     expected, found = full_weights(theirs), full_weights(ours)  # type: ignore[arg-type]
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_critic_learns_as_with_fsdp_and_goes_on_from_its_checkpoint(model: Path, tmp_path: Path) -> None:
+    settings = {"advantage_estimator": "ppo", "num_steps_per_rollout": 2, **STEADY}
+    args = settings_for(model, **settings)
+    theirs = FSDPBackend(args, args, torch.device("cpu"), role="critic")
+    ours = make_megatron(dataclasses.replace(args, save=str(tmp_path)), role="critic")
+    assert theirs.load() == ours.load() == 0
+    (expected, values), (found, own_values) = (two_critic_rollouts(backend, args) for backend in (theirs, ours))
+    for ours_of_rollout, theirs_of_rollout in zip(found, expected, strict=True):
+        assert ours_of_rollout == pytest.approx(theirs_of_rollout, abs=1e-5, rel=1e-5)
+    assert own_values[1].abs().max() > 1e-3
+    torch.testing.assert_close(own_values, values, rtol=0, atol=1e-5)
+
+    ours.save(1)
+    resumed = make_megatron(dataclasses.replace(args, load=str(tmp_path)), role="critic")
+    assert resumed.load() == 2
+    again = [two_critic_rollouts(backend, args) for backend in (ours, resumed)]
+    assert again[0][0] == again[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(again[0][1], again[1][1], strict=True))
+    actor = make_megatron(dataclasses.replace(args, save=str(tmp_path / "actor")))
+    actor.load(), actor.save(0)
+    with pytest.raises(ValueError, match="is no critic"):
+        make_megatron(dataclasses.replace(args, critic_load=str(tmp_path / "actor")), role="critic").load()
 
 
 @pytest.mark.parametrize("family", [family for family in CONFIGS if family != "deepseek_v3"])

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.megatron_cpu import megatron_on_cpu
-from helpers.megatron_training import STEADY, Run, make_megatron, two_rollouts
+from helpers.megatron_training import STEADY, Run, make_megatron, two_critic_rollouts, two_rollouts
 from helpers.tiny_models import make_tiny_model
 from helpers.training import make_backend, run_ranks, settings_for
+
+from slime.backends.fsdp_utils.backend import FSDPBackend
 
 pytestmark = pytest.mark.slow
 
@@ -46,12 +48,26 @@ def run_one(layout: str, parallel: dict[str, Any], model: Path, work: Path) -> N
         torch.save(tuple(run), work / f"{layout}.pt")
 
 
+CRITICS = ("sequence", "pipeline", "context")
+
+
+def run_critic(layout: str, model: Path, work: Path) -> None:
+    args = settings_for(model, advantage_estimator="ppo", **STEADY | DYNAMIC)
+    backend = make_megatron(args, role="critic", **LAYOUTS[layout])
+    backend.load()
+    run = two_critic_rollouts(backend, args)
+    if dist.get_rank() == 0:
+        torch.save(run, work / f"critic_{layout}.pt")
+
+
 def two_ranks_body(model: Path, moe: Path, work: Path) -> None:
     with megatron_on_cpu():
         for layout, parallel in LAYOUTS.items():
             run_one(layout, parallel, model, work)
         for layout, parallel in MOE_LAYOUTS.items():
             run_one(layout, parallel, moe, work)
+        for layout in CRITICS:
+            run_critic(layout, model, work)
 
 
 def run_fsdp(name: str, model: Path, work: Path) -> None:
@@ -68,6 +84,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     moe = make_tiny_model(work / "moe", "qwen3_moe")
     run_fsdp("fsdp", model, work)
     run_fsdp("fsdp_moe", moe, work)
+    args = settings_for(model, advantage_estimator="ppo", **STEADY | DYNAMIC)
+    critic = FSDPBackend(args, args, torch.device("cpu"), role="critic")
+    critic.load()
+    torch.save(two_critic_rollouts(critic, args), work / "critic_fsdp.pt")
     run_ranks(two_ranks_body, 2, model, moe, work, store=work / "store")
     return work
 
@@ -81,3 +101,13 @@ def test_two_ranks_of_megatron_train_as_one_of_fsdp(layout: str, runs: Path) -> 
     assert ours.weights.keys() == theirs.weights.keys()
     for name, tensor in ours.weights.items():
         torch.testing.assert_close(tensor, theirs.weights[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("layout", CRITICS)
+def test_a_critic_of_two_ranks_learns_as_one_of_fsdp(layout: str, runs: Path) -> None:
+    metrics, values = torch.load(runs / f"critic_{layout}.pt")
+    expected, expected_values = torch.load(runs / "critic_fsdp.pt")
+    for ours, theirs in zip(metrics, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+    assert expected_values[1].abs().max() > 1e-3
+    torch.testing.assert_close(values, expected_values, rtol=0, atol=1e-5)
