@@ -12,6 +12,15 @@ from slime.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 
+# What Megatron calls the number of them, or their size.
+VIRTUAL = frozenset(
+    {
+        "num_layers_per_virtual_pipeline_stage",
+        "num_virtual_stages_per_pipeline_rank",
+        "virtual_pipeline_model_parallel_size",
+    }
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronConfig(Group):
@@ -82,6 +91,7 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig, *, fp16: bool) -> None:
     is_on_cpu = run.device == "cpu" and cfg.custom_megatron_init_path is None
     for is_refused, what in (
         (is_on_cpu, "--device cpu: Megatron trains on GPUs"),
+        (bool(VIRTUAL & cfg.megatron_args.keys()), "virtual pipeline stages: the Megatron backend has none"),
         (fp16, "--fp16: the Megatron backend computes in bfloat16 or float32"),
         (run.async_save, "--async-save: the Megatron backend saves before it goes on"),
         (cfg.ckpt_format == "torch", "--ckpt-format torch: checkpoints are written as torch_dist"),

@@ -39,7 +39,9 @@ def open_backend(
     logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # kernels of tensor-parallel ranks start in order
     from slime.backends.megatron_utils.backend import MegatronBackend
+    from slime.backends.megatron_utils.transformer import warn_of_settings_without_effect
 
+    warn_of_settings_without_effect(cfg)
     wants_bf16 = device.type == "cuda" if bf16 is None else bf16
     return MegatronBackend(
         critic_run(run) if role == "critic" else run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import shutil
@@ -17,6 +18,8 @@ from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.model_arguments import gpt_model_options, transformer_config_fields
 from slime.backends.megatron_utils.names import ModelShape
 from slime.config import OptimizerConfig
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 2**31  # positions: rotary embeddings are made for the sequences that come
 
@@ -112,6 +115,14 @@ def optimizer_config(run: OptimizerConfig, cfg: MegatronConfig, *, dtype: torch.
         "use_distributed_optimizer": cfg.use_distributed_optimizer,
     }
     return MegatronOptimizerConfig(**fields | _further(cfg, MegatronOptimizerConfig))
+
+
+def warn_of_settings_without_effect(cfg: MegatronConfig) -> None:
+    """Of --megatron-args and of Megatron's own flags: those of parts of Megatron that slime does not use."""
+    kinds: tuple[Any, ...] = (TransformerConfig, MegatronOptimizerConfig, DistributedDataParallelConfig)
+    known = {item.name for kind in kinds for item in dataclasses.fields(kind)}
+    for name in sorted(cfg.megatron_args.keys() - known):
+        logger.warning("%s has no effect: it is no setting of Megatron's model, optimizer or data parallelism", name)
 
 
 def _further(cfg: MegatronConfig, kind: Any) -> dict[str, Any]:

@@ -39,3 +39,24 @@ def test_megatron_samples_trains_saves_and_goes_on(start: Starter) -> None:
     assert "iter_0000001, 4 optimizer steps" in goes_on.output()
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"
     run.leaves_nothing()
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_matrices_and_serve_two_engines(start: Starter) -> None:
+    run = start(
+        *(*MEGATRON, "--actor-num-gpus-per-node", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"),
+        "--check-weight-update-equal",
+    ).succeeds()
+    for metrics in run.metrics("train/step"):
+        assert metrics["train/train_rollout_logprob_abs_diff"] < 1e-4
+    run.leaves_nothing()
+
+
+@pytest.mark.slow
+def test_actor_and_critic_take_turns_with_megatron(start: Starter) -> None:
+    flags = ("--train-backend", "megatron", "--custom-megatron-init-path", "megatron_here.init")
+    run = start(*flags, "--advantage-estimator", "ppo", "--critic-lr", "1e-3", "--normalize-advantages").succeeds()
+    losses = [metrics["train/value_loss"] for metrics in run.metrics("train/step")]
+    assert len(losses) == 2
+    assert all(loss > 0 for loss in losses)
+    run.leaves_nothing()
