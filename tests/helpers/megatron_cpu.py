@@ -64,7 +64,8 @@ def _redirect_tensors(patch: pytest.MonkeyPatch) -> None:
 
     def type_(self: torch.Tensor, *args: Any, **options: Any) -> Any:
         found = original_type(self, *args, **options)
-        return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) else found
+        is_name = isinstance(found, str) and not found.startswith("torch.cuda.")
+        return found.replace("torch.", "torch.cuda.", 1) if is_name else found
 
     patch.setattr(torch.Tensor, "to", to)
     patch.setattr(torch.Tensor, "type", type_)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from slime.backends.megatron_utils.folders import CheckpointError, find_checkpoint, read_meta
+from slime.backends.megatron_utils.folders import CheckpointError, find_checkpoint, iteration_folder, read_meta
 from slime.config.run import RunConfig, critic_settings
 
 logger = logging.getLogger(__name__)
@@ -47,14 +47,23 @@ def critic_run(run: RunT) -> RunT:
     """The settings of the critic that goes with the actor of `run`.
 
     Where the actor goes on from a checkpoint, so does the critic, from that of the same rollout. Raises CheckpointError
-    where there is none.
+    where --resume finds none.
     """
     critic = critic_settings(run)
     actor = find_checkpoint(run.load, run.ckpt_step)
     meta = None if actor is None or run.finetune else read_meta(actor)
-    if meta is None or critic.load is None:
+    if meta is None:
         return critic
-    return replace(critic, ckpt_step=meta.rollout_id)
+    step = meta.rollout_id
+    if critic.load is not None and read_meta(iteration_folder(critic.load, step)) is not None:
+        return replace(critic, ckpt_step=step)
+    if run.resume:
+        raise CheckpointError(
+            f"the actor continues from {actor}, but {critic.load} holds no critic of that rollout. Use --ckpt-step for "
+            "one that both have, or start with --load and --critic-load instead of --resume."
+        )
+    logger.warning("the actor continues from %s, the critic does not: --critic-load has none of that rollout", actor)
+    return critic
 
 
 def reference_source(run: RunConfig) -> Source:

@@ -12,3 +12,7 @@ from helpers.megatron_cpu import megatron_on_cpu
 def megatron() -> Iterator[None]:
     with megatron_on_cpu():
         yield
+        from megatron.core import parallel_state
+
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
