@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slime.backends.fsdp_utils.arguments import FSDPConfig, check_context_parallel, check_packable
+from slime.backends.megatron_utils.arguments import MegatronConfig, check_megatron
+from slime.backends.megatron_utils.find import find_megatron
 from slime.backends.sglang_utils.arguments import (
     check_flags,
     find_sglang,
@@ -26,18 +29,24 @@ from slime.config.run import GROUPS, RunConfig
 from slime.config.served_models import groups_of
 from slime.config.validate import resolve, with_context
 
-ALL_GROUPS: tuple[type[Group], ...] = (*GROUPS, FSDPConfig)
+ALL_GROUPS: tuple[type[Group], ...] = (*GROUPS, FSDPConfig, MegatronConfig)
 SECRETS = frozenset({"wandb_key", "sglang_api_key"})  # never written down or sent to a tracker
 DERIVED = frozenset({"file_models", "sglang_model_routers"})  # what --sglang-config says, where the routers are
 PASS_THROUGH = {"--sglang-": "sglang_args", "--router-": "router_args"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(RunConfig, FSDPConfig):
+class Args(RunConfig, FSDPConfig, MegatronConfig):
     """All settings of one run. Plug-ins receive it; core code asks for the narrow group it needs."""
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Shares in which the actor's ranks split the samples of a step."""
+        is_megatron = self.train_backend == "megatron"
+        return super().num_data_ranks // (self.model_parallel_size if is_megatron else 1)
 
     if not TYPE_CHECKING:  # for plug-ins; to a type checker a name that no group declares is an error
 
@@ -56,14 +65,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     tokens, passed_on = _split_pass_through(list(sys.argv[1:] if argv is None else argv))
     parser = build_parser(ALL_GROUPS, prog="slime train", description="Post-train a language model with RL.")
     namespace, unknown = parser.parse_known_args(tokens)
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        if not name.startswith("--"):
-            raise ConfigError(f"Unexpected argument {name!r}: settings are given as --flag value.")
-        raise unknown_flag_error(name, _known_flags())
     given = vars(namespace)
     values = _from_file(given.pop("config")) if "config" in given else {}
     values |= given
+    if unknown:
+        values["megatron_args"] = _of_megatron(unknown, values) | values.get("megatron_args", {})
     for name, extra in passed_on.items():
         values[name] = values.get(name, []) + extra
     stated = Args(**values)
@@ -73,6 +79,19 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     _check_supported(args)
     longest = _engine_context(args)
     return args if longest is None else with_context(args, longest)
+
+
+def _of_megatron(words: list[str], values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of Megatron that `words`, of no group, make. Raises ConfigError where they mean nothing."""
+    name = words[0].partition("=")[0]
+    if not name.startswith("--"):
+        raise ConfigError(f"Unexpected argument {name!r}: settings are given as --flag value.")
+    near = difflib.get_close_matches(name, _known_flags(), n=1, cutoff=0.85)
+    if values.get("train_backend") == "fsdp" or "hf_checkpoint" not in values or near:
+        raise unknown_flag_error(name, _known_flags())
+    from slime.backends.megatron_utils.flags import further_settings
+
+    return further_settings(words, find_megatron(), values["hf_checkpoint"])
 
 
 def _known_flags() -> list[str]:
@@ -127,8 +146,8 @@ def _from_custom_file(path: str, plugin_settings: dict[str, Any]) -> dict[str, A
 
 
 def _check_supported(args: Args) -> None:
-    if args.train_backend == "megatron":
-        raise ConfigError("--train-backend megatron is not available in this version: use --train-backend fsdp.")
+    if args.train_backend == "megatron" and not args.debug_rollout_only:
+        check_megatron(args, args, fp16=args.fp16)
     if not args.debug_train_only:
         _check_engine(args)
     _check_router_args(args.router_args)

@@ -184,6 +184,16 @@ def test_flags_become_typed_settings(base: list[str]) -> None:
             ["--actor-num-gpus-per-node", "2", "--rollout-num-gpus-per-engine", "2"],
             "--rollout-num-gpus-per-engine 2: the embedded engine serves one slot",
         ),
+        (["--train-backend", "megatron", "--device", "cpu"], "--device cpu: Megatron trains on GPUs"),
+        (["--train-backend", "megatron", "--use-wings"], "Unknown setting --use-wings"),
+        (
+            ["--train-backend", "megatron", "--tensor-model-parallel-size", "3"],
+            "must be a multiple of --tensor-model-parallel-size 3",
+        ),
+        (
+            ["--train-backend", "megatron", "--sequence-parallel"],
+            "--sequence-parallel needs --tensor-model-parallel-size",
+        ),
         (
             ["--actor-num-gpus-per-node", "2", "--context-parallel-size", "2", "--attn-implementation", "sdpa"],
             "--context-parallel-size 2 needs --attn-implementation packed, got 'sdpa'.",
@@ -192,7 +202,6 @@ def test_flags_become_typed_settings(base: list[str]) -> None:
             ["--actor-num-gpus-per-node", "3", "--context-parallel-size", "3"],
             "--context-parallel-size 3 must divide the query heads of the model",
         ),
-        (["--train-backend", "megatron"], "--train-backend megatron is not available in this version"),
         (["--hf-checkpoint", "absent"], "--hf-checkpoint: there is no directory absent."),
         (["--hf-checkpoint", "."], "--hf-checkpoint: . has no config.json"),
         (["--ref-load", "absent"], "--ref-load: there is no directory absent."),

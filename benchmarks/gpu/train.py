@@ -144,7 +144,7 @@ def measure_steps(backend: FSDPBackend, config: dict[str, object], steps: int) -
 
 def measure_log_probs(backend: FSDPBackend) -> list[list[str]]:
     """Rows of the table of log-probs: time, and memory beyond hidden states, weights and their gradients."""
-    from slime.backends.fsdp_utils.target_log_probs import LogitRule, target_log_probs
+    from slime.backends.shared.target_log_probs import LogitRule, target_log_probs
 
     config = backend._policy("actor").lm.config
     head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="cuda", dtype=torch.bfloat16)

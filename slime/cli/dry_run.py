@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slime.arguments import Args
+from slime.backends.megatron_utils.find import find_megatron
 from slime.cli.memory_estimate import (
     Counts,
     ModelSize,
@@ -71,6 +72,12 @@ def _slots(args: Args) -> Iterator[tuple[str, str]]:
     if args.context_parallel_size > 1:
         trainers += f", {args.context_parallel_size} share the tokens of a sample"
     yield "trainers", "none (--debug-rollout-only)" if args.debug_rollout_only else trainers
+    if args.train_backend == "megatron" and not args.debug_rollout_only:
+        yield (
+            "megatron",
+            f"{find_megatron()}; tensor {args.tensor_model_parallel_size}, pipeline "
+            + (f"{args.pipeline_model_parallel_size}, expert {args.expert_model_parallel_size} parallel"),
+        )
     if args.needs_critic:
         yield (
             "critic",

@@ -19,6 +19,7 @@ COMMANDS = {
     "train-async": Command("slime.cli.train_async", "the same, engines sampling one rollout ahead of the trainers"),
     "quickstart": Command("slime.cli.quickstart", "a tiny model learns arithmetic, in minutes, on a CPU"),
     "replay": Command("slime.cli.replay", "repeat one training step of a run from its dumps"),
+    "convert": Command("slime.cli.convert", "an HF directory to a Megatron checkpoint, or back"),
     "report": Command("slime.cli.report", "one HTML page and a picture of a run"),
 }
 

@@ -69,7 +69,7 @@ def preflight(args: Args) -> Findings:
         if directory is not None and not Path(directory).is_dir():
             raise ConfigError(f"{flag_of(name)}: there is no directory {directory}.")
     if args.load is not None:
-        _check_checkpoint(args.load, args.ckpt_step)
+        _check_checkpoint(args.load, args.ckpt_step, args.train_backend)
     _check_dump(args)
     if args.sglang_router_ip is not None and not args.debug_train_only:
         asyncio.run(_check_router(f"http://{args.sglang_router_ip}:{args.sglang_router_port}"))
@@ -264,14 +264,16 @@ def _check_writable(folder: Path, flag: str) -> None:
         raise ConfigError(f"{flag}: nothing can be written below {existing}.")
 
 
-def _check_checkpoint(folder: str, step: int | None) -> None:
+def _check_checkpoint(folder: str, step: int | None, backend: str) -> None:
     if not Path(folder).is_dir():
         if step is not None:
             raise ConfigError(f"--ckpt-step {step}: there is no folder {folder} to load it from.")
         return
-    from slime.backends.fsdp_utils.checkpoint import find_checkpoint
+    from slime.backends.fsdp_utils import checkpoint
+    from slime.backends.megatron_utils import folders
 
-    find_checkpoint(folder, step)
+    find = folders.find_checkpoint if backend == "megatron" else checkpoint.find_checkpoint
+    find(folder, step)
 
 
 async def _check_router(url: str) -> None:

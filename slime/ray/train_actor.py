@@ -64,7 +64,13 @@ def _fsdp(args: Args, device: torch.device, role: Role) -> TrainBackend:
     return FSDPBackend(critic_run(args) if role == "critic" else args, args, device, role=role)
 
 
-_BACKENDS: dict[str, Callable[[Args, torch.device, Role], TrainBackend]] = {"fsdp": _fsdp}
+def _megatron(args: Args, device: torch.device, role: Role) -> TrainBackend:
+    from slime.backends.megatron_utils.start import open_backend
+
+    return open_backend(args, args, device, bf16=args.bf16, role=role)
+
+
+_BACKENDS: dict[str, Callable[[Args, torch.device, Role], TrainBackend]] = {"fsdp": _fsdp, "megatron": _megatron}
 
 
 class TrainActor:

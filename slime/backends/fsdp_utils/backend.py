@@ -21,12 +21,12 @@ from slime.backends.fsdp_utils.arguments import FSDPConfig
 from slime.backends.fsdp_utils.build import Builder, Model, Role, copy_tensors
 from slime.backends.fsdp_utils.context_parallel import context_group
 from slime.backends.fsdp_utils.hf_names import hf_named_tensors
-from slime.backends.fsdp_utils.lr_schedule import continued, learning_rate, schedule_of
 from slime.backends.fsdp_utils.model import TokenModel, checkpoint_dtype, empty_like, reshard
-from slime.backends.fsdp_utils.offload import HostCopy, Parking
 from slime.backends.fsdp_utils.optimizer import LossScale, adamw, clip_gradients, forget
 from slime.backends.fsdp_utils.saver import Saver
 from slime.backends.fsdp_utils.sources import Source
+from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
+from slime.backends.shared.offload import HostCopy, Parking
 from slime.config.run import RunConfig
 from slime.data.packed import PackedBatch
 from slime.training.backend import (

@@ -27,7 +27,7 @@ from slime.backends.fsdp_utils import attention
 from slime.backends.fsdp_utils.arguments import FSDPConfig
 from slime.backends.fsdp_utils.context_parallel import ContextGroup
 from slime.backends.fsdp_utils.prompt_sharing import shared_prompts
-from slime.backends.fsdp_utils.target_log_probs import LogitRule, target_log_probs
+from slime.backends.shared.target_log_probs import LogitRule, target_log_probs
 from slime.data.packed import PackedBatch
 from slime.training.backend import TokenOutputs, Wants
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from slime.backends.fsdp_utils import checkpoint
 from slime.backends.fsdp_utils.checkpoint import CheckpointError, Content
-from slime.backends.fsdp_utils.offload import HostBuffer, snapshot
+from slime.backends.shared.offload import HostBuffer, snapshot
 from slime.config.run import RunConfig
 from slime.training.backend import NamedTensor
 from slime.weight_sync.disk import write_hf_directory

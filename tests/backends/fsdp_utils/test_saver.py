@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from slime.backends.fsdp_utils import checkpoint
 from slime.backends.fsdp_utils.backend import FSDPBackend
 from slime.backends.fsdp_utils.checkpoint import CheckpointError, find_checkpoint, iteration_folder
-from slime.backends.fsdp_utils.offload import HostBuffer, snapshot
+from slime.backends.shared.offload import HostBuffer, snapshot
 from slime.config.base import ConfigError
 
 STEADY = {"adam_eps": 1e-4, "lr": 1e-3}

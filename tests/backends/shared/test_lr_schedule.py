@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slime.backends.fsdp_utils.lr_schedule import continued, learning_rate, schedule_of
+from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
 from slime.config import OptimizerConfig
 from slime.config.base import ConfigError
 

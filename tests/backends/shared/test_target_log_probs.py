@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slime.backends.fsdp_utils.target_log_probs import LogitRule, target_log_probs
+from slime.backends.shared.target_log_probs import LogitRule, target_log_probs
 
 NUM_TOKENS, WIDTH, VOCABULARY = 23, 6, 50
 

@@ -1,0 +1,124 @@
+"""Settings of the Megatron backend, under Megatron's own names."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from slime.backends.megatron_utils.find import find_megatron
+from slime.config.base import ConfigError, Group, arg, check, check_not_negative, check_positive
+from slime.config.run import RunConfig
+
+logger = logging.getLogger(__name__)
+
+# What Megatron calls the number of them, or their size.
+VIRTUAL = frozenset(
+    {
+        "num_layers_per_virtual_pipeline_stage",
+        "num_virtual_stages_per_pipeline_rank",
+        "virtual_pipeline_model_parallel_size",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronConfig(Group):
+    """Megatron: parallelism, recomputation, experts and checkpoints of the Megatron backend."""
+
+    tensor_model_parallel_size: int = arg(1, "Ranks that share each matrix.")
+    sequence_parallel: bool = arg(False, "Norms and residuals are shared among the tensor-parallel ranks too.")
+    pipeline_model_parallel_size: int = arg(1, "Ranks that share the layers.")
+    expert_model_parallel_size: int = arg(1, "Ranks that share the experts.")
+    expert_tensor_parallel_size: int | None = arg(
+        None, "Ranks that share each expert's matrices (default: --tensor-model-parallel-size)."
+    )
+    use_distributed_optimizer: bool = arg(False, "Optimizer state is shared among the data-parallel ranks.")
+    overlap_grad_reduce: bool = arg(False, "Gradients are added up among ranks while the backward still runs.")
+    accumulate_allreduce_grads_in_fp32: bool = arg(True, "Gradients are added up in float32.")
+    recompute_granularity: Literal["full", "selective"] | None = arg(None, "What the backward computes again.")
+    recompute_method: Literal["uniform", "block"] | None = arg(None, "Which layers, with full.")
+    recompute_num_layers: int | None = arg(None, "Layers of one recomputed unit (uniform), or in all (block).")
+    recompute_modules: list[str] | None = arg(None, "Modules that selective computes again (default: Megatron's).")
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = arg(
+        "auto", "Layers: Transformer Engine's, or slime's on torch; auto takes the former where it is installed."
+    )
+    attention_dropout: float = arg(0.0, "Dropout of attention; the policy that samples has none.")
+    hidden_dropout: float = arg(0.0, "Dropout of residuals; the policy that samples has none.")
+    moe_token_dispatcher_type: Literal["alltoall", "flex"] = arg("alltoall", "How tokens reach experts.")
+    moe_grouped_gemm: bool = arg(False, "All experts of a rank in one kernel; needs Transformer Engine.")
+    moe_permute_fusion: bool = arg(False, "Tokens are permuted in one kernel; needs Transformer Engine.")
+    moe_router_dtype: Literal["fp32", "fp64"] | None = arg(None, "Precision of routing (default: the model's).")
+    moe_aux_loss_coeff: float = arg(0.0, "Weight of the loss that balances experts.")
+    ckpt_format: Literal["torch_dist", "torch"] = arg(
+        "torch_dist", "What --save writes. Files of the older torch format are converted by `slime convert`."
+    )
+    custom_megatron_init_path: str | None = arg(None, "f(args), before a rank builds its model.")
+    custom_megatron_before_log_prob_hook_path: str | None = arg(
+        None, "f(args, model, store_prefix), before log-probs are computed."
+    )
+    custom_megatron_before_train_step_hook_path: str | None = arg(
+        None, "f(args, rollout_id, step_id, model, optimizer, opt_param_scheduler), before each optimizer step."
+    )
+    megatron_args: dict[str, Any] = arg(
+        {}, "Further settings of Megatron by name; a flag of the Megatron-LM that is found sets one."
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        check_positive(self, "expert_model_parallel_size", "expert_tensor_parallel_size", "recompute_num_layers")
+        check_not_negative(self, "moe_aux_loss_coeff")
+        for name in ("attention_dropout", "hidden_dropout"):
+            check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
+        check(
+            self.recompute_granularity != "full" or self.recompute_method is not None,
+            "recompute_method",
+            "given with --recompute-granularity full",
+            self.recompute_method,
+        )
+        super().__post_init__()
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the weights together."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+
+def check_megatron(cfg: MegatronConfig, run: RunConfig, *, fp16: bool) -> None:
+    """Raise ConfigError for a run that this backend cannot do, as far as that is known before devices are."""
+    megatron = find_megatron()
+    logger.info("%s", megatron)
+    is_on_cpu = run.device == "cpu" and cfg.custom_megatron_init_path is None
+    for is_refused, what in (
+        (is_on_cpu, "--device cpu: Megatron trains on GPUs"),
+        (bool(VIRTUAL & cfg.megatron_args.keys()), "virtual pipeline stages: the Megatron backend has none"),
+        (fp16, "--fp16: the Megatron backend computes in bfloat16 or float32"),
+        (run.async_save, "--async-save: the Megatron backend saves before it goes on"),
+        (cfg.ckpt_format == "torch", "--ckpt-format torch: checkpoints are written as torch_dist"),
+        (cfg.moe_grouped_gemm and not megatron.has_transformer_engine, "--moe-grouped-gemm needs Transformer Engine"),
+    ):
+        if is_refused:
+            raise ConfigError(f"{what}. Change that, or use --train-backend fsdp.")
+    check_parallelism(cfg, run.num_trainers, run.context_parallel_size)
+    if run.needs_critic:
+        check_parallelism(cfg, run.num_critics, run.context_parallel_size)
+
+
+def check_parallelism(cfg: MegatronConfig, num_ranks: int, context: int) -> None:
+    """Raise ConfigError where `num_ranks` cannot be shared as the settings say."""
+    size = cfg.model_parallel_size * context
+    tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+    if num_ranks % size:
+        raise ConfigError(
+            f"The {num_ranks} ranks must be a multiple of --tensor-model-parallel-size {tensor} x "
+            f"--pipeline-model-parallel-size {pipeline} x --context-parallel-size {context} = {size}."
+        )
+    expert = cfg.expert_model_parallel_size * (cfg.expert_tensor_parallel_size or tensor) * pipeline
+    if cfg.expert_model_parallel_size > 1 and num_ranks % expert:
+        raise ConfigError(
+            f"The {num_ranks} ranks must be a multiple of --expert-model-parallel-size "
+            f"{cfg.expert_model_parallel_size} x --expert-tensor-parallel-size "
+            f"{cfg.expert_tensor_parallel_size or tensor} x --pipeline-model-parallel-size {pipeline} = {expert}."
+        )
+    if cfg.sequence_parallel and tensor == 1:
+        raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size above 1.")

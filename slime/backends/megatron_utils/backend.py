@@ -1,0 +1,375 @@
+"""The TrainBackend on Megatron-core: its models, schedules and optimizer under slime's recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from slime.backends.megatron_utils import checkpoint, sources, transformer
+from slime.backends.megatron_utils.arguments import MegatronConfig
+from slime.backends.megatron_utils.folders import Meta, read_meta
+from slime.backends.megatron_utils.gather import gathered_tensors
+from slime.backends.megatron_utils.head import TokenHead, ValueHead
+from slime.backends.megatron_utils.model import Weights, build_chunk, copy_into, host_copy, read_weights
+from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, read_shape
+from slime.backends.megatron_utils.optimizer import gradient_buffers, make_optimizer, state_tensors, step_if_finite
+from slime.backends.megatron_utils.packing import Inputs, Split, inputs_of
+from slime.backends.megatron_utils.parallel import (
+    SumOverContext,
+    from_last_stage,
+    is_last_stage,
+    open_groups,
+    over_context,
+    tensor_from_last_stage,
+)
+from slime.backends.megatron_utils.sources import Source
+from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
+from slime.backends.shared.offload import HostCopy
+from slime.backends.shared.target_log_probs import LogitRule
+from slime.config.run import RunConfig
+from slime.data.packed import PackedBatch
+from slime.training.backend import LossFn, ModelTag, NamedTensor, StepMetrics, TokenOutputs, Wants
+from slime.utils.misc import load_function
+from slime.weight_sync.disk import write_hf_directory
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["actor", "critic"]
+_STORE_PREFIX: dict[ModelTag, str] = {
+    "actor": "",
+    "critic": "",
+    "ref": "ref_",
+    "old_actor": "old_",
+    "teacher": "teacher_",
+}
+
+
+class MegatronBackend:
+    """One rank. `torch.distributed` is initialised by whoever starts the process.
+
+    Reference, old actor and teacher are weights in host memory that take the actor's place while they are asked.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        cfg: MegatronConfig,
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+        transformer_engine: bool = False,
+        role: Role = "actor",
+    ) -> None:
+        """dtype: of weights and computation; optimizer state is float32. role: a critic's `run` is `critic_run`."""
+        self.role: Role = role
+        self.run = run
+        self.cfg = cfg
+        self.device = device
+        self.dtype = dtype
+        self.layout = open_groups(cfg, run)
+        self.split = Split(
+            context_rank=parallel_state.get_context_parallel_rank(),
+            context_size=run.context_parallel_size,
+            tensor_size=cfg.tensor_model_parallel_size if cfg.sequence_parallel else 1,
+        )
+        self.shape = read_shape(run.hf_checkpoint)
+        self.transformer_engine = transformer_engine
+        self.config = transformer.transformer_config(
+            self.shape,
+            cfg,
+            context_size=run.context_parallel_size,
+            dtype=dtype,
+            device=device,
+            transformer_engine=transformer_engine,
+        )
+        self.host_weights: dict[ModelTag, Weights] = {}
+        self.moved: set[ModelTag] = set()  # of those, what moved since it was loaded: a checkpoint holds it too
+        self.host_copy = HostCopy()
+        self.export_dtype = self._export_dtype()
+        self.num_steps = 0
+
+    def _export_dtype(self) -> torch.dtype:
+        """That of the Hugging Face model, float32 where its config.json names none."""
+        named = AutoConfig.from_pretrained(self.run.hf_checkpoint, trust_remote_code=self.run.trust_remote_code).dtype
+        return named if isinstance(named, torch.dtype) else torch.float32
+
+    # --- life-cycle
+
+    def load(self) -> int:
+        self.chunk = build_chunk(
+            self.config,
+            self.shape,
+            transformer.model_options(self.shape, self.cfg, is_critic=self.role == "critic"),
+            transformer_engine=self.transformer_engine,
+            device=self.device,
+        )
+        self.head = self._head() if is_last_stage() else None
+        is_critic = self.role == "critic"
+        source = sources.critic_source(self.run) if is_critic else sources.actor_source(self.run)
+        self._read(source)
+        self.chunk.wrapped = self._wrapped(self.chunk.lm)
+        optimizer_config = transformer.optimizer_config(self.run, self.cfg, dtype=self.dtype)
+        self.optimizer = make_optimizer(optimizer_config, self.chunk.wrapped)
+        self.config.finalize_model_grads_func = _finalize
+        continued = self._continued(source)
+        if self.role == "actor":
+            self._load_frozen(source.path if continued is not None else None)
+        return 0 if continued is None else continued.rollout_id + 1
+
+    def _read(self, source: Source) -> None:
+        """Overwrite the model's weights."""
+        if source.is_checkpoint:
+            checkpoint.read_weights(source.path, self.chunk.lm)
+            return
+        files = HFDirectory(source.path)
+        check_checkpoint(self.shape, files.shapes)
+        own_head = "output_layer." if self.role == "critic" else None
+        copy_into(self.chunk, read_weights(self.chunk, self.shape, files, but_for=own_head))
+
+    def _continued(self, source: Source) -> Meta | None:
+        """Restore what the run's own checkpoint holds besides weights; None where the run starts anew."""
+        meta = read_meta(source.path) if source.is_own and source.is_checkpoint else None
+        if meta is None or self.run.finetune:
+            return None
+        if not self.run.no_load_optim:
+            checkpoint.read_optimizer(source.path, self.chunk.lm, self.optimizer)
+        if not self.run.no_load_rng:
+            checkpoint.read_rng(source.path)
+        self.run = continued(self.run, meta.schedule, self._total_steps())
+        self.num_steps = meta.num_steps
+        logger.info("loaded %s, %d optimizer steps", source.path, meta.num_steps)
+        return meta
+
+    def _load_frozen(self, continued: Path | None) -> None:
+        """The models that the actor is compared with; those that a continued run had moved, from its checkpoint."""
+        wanted: dict[ModelTag, Source] = {}
+        if self.run.needs_reference:
+            wanted["ref"] = sources.reference_source(self.run)
+        if self.run.needs_teacher and self.run.opd_teacher_load is not None:
+            wanted["teacher"] = sources.teacher_source(self.run)
+        moved: tuple[ModelTag, ...] = ("ref", "old_actor")
+        for tag in moved:
+            if continued is not None and (continued / tag).is_dir():
+                wanted[tag] = Source(continued / tag, is_checkpoint=True)
+                self.moved.add(tag)
+        own = host_copy(self.chunk) if wanted else {}
+        for tag, source in wanted.items():
+            self._read(source)
+            self.host_weights[tag] = host_copy(self.chunk)
+        if wanted:
+            copy_into(self.chunk, own)
+
+    def _head(self) -> TokenHead | ValueHead:
+        if self.role == "critic":
+            return ValueHead(self.chunk.lm)
+        rule = LogitRule(self.run.rollout_temperature, None, self.run.log_probs_chunk_size)
+        return TokenHead(self.chunk.lm, vocab_size=self.shape.vocab_size, rule=rule)
+
+    def _wrapped(self, lm: nn.Module) -> nn.Module:
+        half = lm if self.dtype == torch.float32 else Float16Module(self.config, lm)
+        wrapped: nn.Module = DistributedDataParallel(self.config, transformer.ddp_config(self.cfg), half)
+        return wrapped
+
+    def save(self, rollout_id: int) -> None:
+        run = self.run
+        assert run.save is not None
+        if run.save_hf is not None:
+            directory = Path(run.save_hf.format(rollout_id=rollout_id))
+            is_writer = self.layout.is_reporter
+            write_hf_directory(
+                self.hf_tensors(), directory, assets=run.hf_checkpoint, is_writer=is_writer, is_durable=True
+            )
+        meta = Meta(rollout_id, self.num_steps, schedule_of(run, self._total_steps()), self.role)
+        with checkpoint.new_checkpoint(run.save, meta) as folder:
+            checkpoint.write(folder, self.chunk.lm, None if run.no_save_optim else self.optimizer)
+            checkpoint.write_rng(folder)
+            for tag in sorted(self.moved):
+                with self._weights_of(tag):
+                    checkpoint.write(folder / tag, self.chunk.lm)
+
+    def finish_save(self) -> None:
+        """Saves are complete when they return."""
+
+    def sleep(self) -> None:
+        """Weights and optimizer to host memory; on a CPU they are there already. Gradients are given up."""
+        if self.device.type == "cuda":
+            for buffer in gradient_buffers(self.chunk.wrapped):
+                buffer.untyped_storage().resize_(0)
+            num_bytes = self.host_copy.store(self._tensors())
+            torch.cuda.empty_cache()
+            left = torch.cuda.memory_allocated(self.device)
+            logger.info("asleep: %.2f GiB on the host, %.2f GiB left on the GPU", num_bytes / 2**30, left / 2**30)
+
+    def wake_up(self) -> None:
+        self.host_copy.restore()
+        if self.device.type == "cuda":
+            for buffer in gradient_buffers(self.chunk.wrapped):
+                buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.chunk.weights().values()
+        yield from state_tensors(self.optimizer)
+
+    # --- forward and backward
+
+    def log_probs(self, batches: list[PackedBatch], model: ModelTag, *, entropy: bool) -> list[TokenOutputs]:
+        wants = Wants(entropy=entropy)
+        self.chunk.wrapped.eval()
+        with self._weights_of(model), torch.no_grad():
+            self._call_hook(self.cfg.custom_megatron_before_log_prob_hook_path, _STORE_PREFIX[model])
+            found = self._run(batches, wants, _outputs_of, forward_only=True)
+        self.chunk.wrapped.train()
+        return self._complete(batches, found, entropy=entropy)
+
+    def _complete(
+        self, batches: list[PackedBatch], found: list[tuple[Inputs, TokenOutputs]], *, entropy: bool
+    ) -> list[TokenOutputs]:
+        """What the last stage and the context-parallel ranks found, put together on every rank."""
+        lengths = [len(batch.target_index) for batch in batches]
+        all_T = torch.zeros(1 + entropy, sum(lengths), device=self.device)
+        for part_T, (inputs, outputs) in zip(all_T.split(lengths, dim=1), found, strict=False):
+            part_T[0, inputs.kept] = outputs.log_probs if outputs.values is None else outputs.values
+            if outputs.entropy is not None:
+                part_T[1, inputs.kept] = outputs.entropy
+        tensor_from_last_stage(over_context(all_T))
+        if self.role == "critic":
+            return [
+                TokenOutputs(torch.zeros_like(part_T[0]), values=part_T[0].clone())
+                for part_T in all_T.split(lengths, 1)
+            ]
+        return [
+            TokenOutputs(part_T[0].clone(), entropy=part_T[1].clone() if entropy else None)
+            for part_T in all_T.split(lengths, dim=1)
+        ]
+
+    def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
+        self.chunk.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        lr = learning_rate(self.num_steps, self.run, self._total_steps())
+        position = divmod(self.num_steps, self.run.num_steps_per_rollout or 1)
+        self._call_hook(self.cfg.custom_megatron_before_train_step_hook_path, *position, optimizer=True)
+        found = self._run(batches, wants, partial(_loss_of, loss=loss), forward_only=False)
+        metrics = self._sum_metrics(found)
+        norm = step_if_finite(
+            self.optimizer, lr=lr, clip_grad=self.run.clip_grad, is_loss_finite=math.isfinite(metrics["loss"])
+        )
+        self.optimizer.zero_grad()
+        self.num_steps += 1
+        return StepMetrics(metrics, norm, lr, skipped=not (math.isfinite(norm) and math.isfinite(metrics["loss"])))
+
+    def _run(
+        self, batches: list[PackedBatch], wants: Wants, finish: Callable[..., Any], *, forward_only: bool
+    ) -> list[Any]:
+        """Megatron's schedule over the micro-batches. Returns what `finish` left of each, on the last stage alone."""
+        inputs = [inputs_of(batch, self.split, self.device, on_device=self.transformer_engine) for batch in batches]
+        result: list[Any] = get_forward_backward_func()(
+            forward_step_func=partial(self._forward, wants=wants, finish=finish),
+            data_iterator=iter(inputs),
+            model=self.chunk.wrapped,
+            num_microbatches=len(batches),
+            seq_length=1,  # stages tell each other how long theirs are
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return result if is_last_stage() else []
+
+    def _forward(
+        self, iterator: Iterator[Inputs], model: nn.Module, *, wants: Wants, finish: Callable[..., Any]
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        """One micro-batch through this stage, as a schedule calls it."""
+        inputs = next(iterator)
+        head = self.head
+        if head is not None:
+            head.wanted = (inputs, wants)
+        output = model(inputs.input_ids, inputs.position_ids, None, packed_seq_params=inputs.packing)
+        return output, lambda output, **options: finish(inputs, head.take() if head is not None else None)
+
+    def _sum_metrics(self, found: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Shares of micro-batches, context-parallel and data-parallel ranks, added up; the same on every rank."""
+        metrics: dict[str, float] = {}
+        if is_last_stage():
+            names = list(found[0])
+            shares = torch.stack([torch.stack([share[name] for name in names]) for share in found]).sum(0)
+            dist.all_reduce(shares, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+            metrics = dict(zip(names, shares.tolist(), strict=True))
+        summed: dict[str, float] = from_last_stage(metrics)
+        return summed
+
+    def sum_over_data_ranks(self, values: Tensor) -> Tensor:
+        values = values.to(self.device, copy=True)
+        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+        return values.cpu()
+
+    def _call_hook(self, path: str | None, *position: Any, optimizer: bool = False) -> None:
+        """A user's function, as the pages on plug-ins say: the model is a list of this rank's stages."""
+        if path is None:
+            return
+        models = [self.chunk.wrapped]
+        if optimizer:
+            schedule = partial(learning_rate, cfg=self.run, total_steps=self._total_steps())
+            load_function(path)(self.run, *position, models, self.optimizer, schedule)
+        else:
+            load_function(path)(self.run, models, *position)
+
+    def _total_steps(self) -> int:
+        return (self.run.num_rollout or 1) * (self.run.num_steps_per_rollout or 1)
+
+    # --- weights
+
+    def hf_tensors(self) -> Iterator[NamedTensor]:
+        bucket_bytes = self.run.update_weight_buffer_size
+        with self.host_copy.lend(self.chunk.weights().values()):  # also while asleep
+            for name, tensor in gathered_tensors(self.chunk, self.shape, bucket_bytes=bucket_bytes):
+                yield NamedTensor(name, tensor.to(self.export_dtype))
+
+    def copy_weights(self, source: ModelTag, target: ModelTag) -> None:
+        with self.host_copy.lend(self.chunk.weights().values()):
+            self.host_weights[target] = host_copy(self.chunk) if source == "actor" else dict(self.host_weights[source])
+        self.moved.add(target)
+
+    @contextlib.contextmanager
+    def _weights_of(self, tag: ModelTag) -> Iterator[None]:
+        """The model with the weights of `tag`, then with its own again."""
+        if tag == self.role:
+            yield
+            return
+        own = host_copy(self.chunk)
+        copy_into(self.chunk, self.host_weights[tag])
+        yield
+        copy_into(self.chunk, own)
+
+
+def _outputs_of(inputs: Inputs, outputs: TokenOutputs) -> tuple[Inputs, TokenOutputs]:
+    return inputs, outputs
+
+
+def _loss_of(inputs: Inputs, outputs: TokenOutputs, *, loss: LossFn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """As Megatron wants it: the loss, a number of tokens that nothing is divided by, and metrics."""
+    result = loss(outputs, inputs.batch, partial(_sequence_sum, batch=inputs.batch))
+    return result.loss, torch.tensor(1, dtype=torch.int), result.metrics | {"loss": result.loss.detach()}
+
+
+def _sequence_sum(values_T: Tensor, batch: PackedBatch) -> Tensor:
+    own = values_T.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, values_T)
+    summed: Tensor = SumOverContext.apply(own)
+    return summed
+
+
+def _finalize(models: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+    """Gradients added up among ranks. They are shares of a mean already: nothing is divided by `num_tokens`."""
+    finalize_model_grads(models, None, **options)

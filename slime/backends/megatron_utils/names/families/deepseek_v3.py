@@ -1,0 +1,26 @@
+"""DeepSeek-V3 and R1: multi-head latent attention and the experts of GLM-4.5; the MTP layer is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slime.backends.megatron_utils.names.families.glm4_moe import mlp_rows, sigmoid_experts
+from slime.backends.megatron_utils.names.family import Family, common_shape
+from slime.backends.megatron_utils.names.model_shape import MLA, ModelShape, NameMapError
+from slime.backends.megatron_utils.names.rows import NORMS, Row, latent_attention
+
+
+def _shape(config: Any) -> ModelShape:
+    if config.attention_bias or not config.rope_interleave:
+        raise NameMapError("config.json: attention_bias must be false and rope_interleave true for deepseek_v3.")
+    mla = MLA(
+        config.q_lora_rank, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    )
+    return common_shape(config, moe=sigmoid_experts(config), mla=mla)
+
+
+def _layer_rows(shape: ModelShape, layer: int) -> tuple[Row, ...]:
+    return (*NORMS, *latent_attention(shape), *mlp_rows(shape, layer))
+
+
+FAMILY = Family(_shape, _layer_rows, passed_through=(r"model\.layers\.{num_layers}\..*",))

@@ -1,0 +1,58 @@
+"""Megatron's optimizer, with a step that is skipped where a gradient is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import nn
+
+from slime.backends.megatron_utils.adam import apply_group_step_adam
+
+
+def make_optimizer(config: MegatronOptimizerConfig, model: nn.Module) -> MegatronOptimizer:
+    """model: wrapped, with the weights to start from: half-precision ones get float32 copies now."""
+    apply_group_step_adam()
+    return get_megatron_optimizer(config, [model])
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """Megatron keeps one optimizer for dense parameters and one for experts."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+@torch.no_grad()
+def step_if_finite(optimizer: MegatronOptimizer, *, lr: float, clip_grad: float, is_loss_finite: bool) -> float:
+    """One update, gradients clipped to norm `clip_grad` (0: not). Returns the norm before; not finite: no update."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not (is_loss_finite and math.isfinite(norm)):
+        return norm
+    if clip_grad > 0:
+        for part in parts_of(optimizer):
+            if parameters := part.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()
+    return norm
+
+
+def state_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
+    """Float32 weights and moments, wherever Megatron keeps them."""
+    for part in parts_of(optimizer):
+        for group in part.param_groups:
+            yield from group["params"]
+        for state in part.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def gradient_buffers(model: Any) -> Iterator[torch.Tensor]:
+    """The memory in which Megatron adds up gradients. model: wrapped in its DistributedDataParallel."""
+    for buffer in (*model.buffers, *model.expert_parallel_buffers):
+        yield buffer.grad_data

@@ -1,0 +1,138 @@
+"""From the shape of a model and the settings of a run to Megatron's own configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import shutil
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from slime.backends.megatron_utils.arguments import MegatronConfig
+from slime.backends.megatron_utils.model_arguments import gpt_model_options, transformer_config_fields
+from slime.backends.megatron_utils.names import ModelShape
+from slime.config import OptimizerConfig
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 2**31  # positions: rotary embeddings are made for the sequences that come
+
+
+def transformer_config(
+    shape: ModelShape,
+    cfg: MegatronConfig,
+    *,
+    context_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    transformer_engine: bool,
+) -> TransformerConfig:
+    """What the layers are made from. Raises ValueError for a model that cannot be built here."""
+    if shape.mla is not None:
+        raise ValueError(f"--train-backend megatron cannot build {shape.family} models: multi-head latent attention")
+    is_cuda = device.type == "cuda"
+    fields: dict[str, Any] = {
+        "context_parallel_size": context_size,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu_initialization": not is_cuda,
+        "calculate_per_token_loss": True,  # gradients are added up among ranks, divided by nothing
+        "variable_seq_lengths": True,
+        "bias_activation_fusion": is_cuda and _has_compiler(),
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": transformer_engine and not shape.rotary_interleaved,
+    }
+    further = _further(cfg, TransformerConfig)
+    return TransformerConfig(**fields | transformer_config_fields(shape) | _parallel(cfg) | _settings(cfg) | further)
+
+
+def _has_compiler() -> bool:
+    """Whether torch can compile what Megatron fuses."""
+    return any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+
+
+def _parallel(cfg: MegatronConfig) -> dict[str, Any]:
+    tensor = cfg.tensor_model_parallel_size
+    return {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": cfg.pipeline_model_parallel_size,
+        "expert_model_parallel_size": cfg.expert_model_parallel_size,
+        "expert_tensor_parallel_size": cfg.expert_tensor_parallel_size or tensor,
+        "sequence_parallel": cfg.sequence_parallel,
+        "moe_token_dispatcher_type": cfg.moe_token_dispatcher_type,
+    }
+
+
+def _settings(cfg: MegatronConfig) -> dict[str, Any]:
+    modules = {} if cfg.recompute_modules is None else {"recompute_modules": cfg.recompute_modules}
+    router = {} if cfg.moe_router_dtype is None else {"moe_router_dtype": cfg.moe_router_dtype}
+    return {
+        **modules,
+        **router,
+        "recompute_granularity": cfg.recompute_granularity,
+        "recompute_method": cfg.recompute_method,
+        "recompute_num_layers": cfg.recompute_num_layers,
+        "attention_dropout": cfg.attention_dropout,
+        "hidden_dropout": cfg.hidden_dropout,
+        "moe_router_load_balancing_type": "aux_loss" if cfg.moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": cfg.moe_aux_loss_coeff,
+        "moe_grouped_gemm": cfg.moe_grouped_gemm,
+        "moe_permute_fusion": cfg.moe_permute_fusion,
+    }
+
+
+def ddp_config(cfg: MegatronConfig) -> DistributedDataParallelConfig:
+    """How gradients are added up."""
+    fields: dict[str, Any] = {
+        "use_distributed_optimizer": cfg.use_distributed_optimizer,
+        "overlap_grad_reduce": cfg.overlap_grad_reduce,
+        "grad_reduce_in_fp32": cfg.accumulate_allreduce_grads_in_fp32,
+    }
+    return DistributedDataParallelConfig(**fields | _further(cfg, DistributedDataParallelConfig))
+
+
+def optimizer_config(run: OptimizerConfig, cfg: MegatronConfig, *, dtype: torch.dtype) -> MegatronOptimizerConfig:
+    """Megatron's optimizer with the settings of the run; the learning rate is set at every step."""
+    fields: dict[str, Any] = {
+        "optimizer": run.optimizer,
+        "lr": run.lr,
+        "weight_decay": run.weight_decay,
+        "adam_beta1": run.adam_beta1,
+        "adam_beta2": run.adam_beta2,
+        "adam_eps": run.adam_eps,
+        "clip_grad": run.clip_grad,
+        "bf16": dtype == torch.bfloat16,
+        "params_dtype": dtype,
+        "use_distributed_optimizer": cfg.use_distributed_optimizer,
+    }
+    return MegatronOptimizerConfig(**fields | _further(cfg, MegatronOptimizerConfig))
+
+
+def warn_of_settings_without_effect(cfg: MegatronConfig) -> None:
+    """Of --megatron-args and of Megatron's own flags: those of parts of Megatron that slime does not use."""
+    kinds: tuple[Any, ...] = (TransformerConfig, MegatronOptimizerConfig, DistributedDataParallelConfig)
+    known = {item.name for kind in kinds for item in dataclasses.fields(kind)}
+    for name in sorted(cfg.megatron_args.keys() - known):
+        logger.warning("%s has no effect: it is no setting of Megatron's model, optimizer or data parallelism", name)
+
+
+def _further(cfg: MegatronConfig, kind: Any) -> dict[str, Any]:
+    """Those of --megatron-args that this configuration has."""
+    names = {item.name for item in dataclasses.fields(kind)}
+    return {name: value for name, value in cfg.megatron_args.items() if name in names}
+
+
+def model_options(shape: ModelShape, cfg: MegatronConfig, *, is_critic: bool) -> dict[str, Any]:
+    """What GPTModel takes besides the configuration and the layers. A critic's output layer is its own."""
+    padded = math.ceil(shape.vocab_size / cfg.tensor_model_parallel_size) * cfg.tensor_model_parallel_size
+    options = {"vocab_size": padded, "max_sequence_length": LONGEST, **gpt_model_options(shape)}
+    return options | ({"share_embeddings_and_output_weights": False} if is_critic else {})

@@ -1,0 +1,1 @@
+"""What backends share: of torch, not of one training library."""

@@ -1,0 +1,122 @@
+"""One process of Megatron beside one of FSDP: the same weights and samples, in float32."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.megatron_training import STEADY, make_megatron, two_critic_rollouts, two_rollouts
+from helpers.model_families import CONFIGS, write_tiny_model
+from helpers.tiny_models import make_tiny_model
+from helpers.training import full_weights, make_backend, random_batch, settings_for
+
+from slime.backends.fsdp_utils.backend import FSDPBackend
+from slime.data.packed import pack_rows
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("qwen3", {}),
+        ("qwen2", {"kl_coef": 0.2, "tie": True}),
+        ("llama", {"rollout_temperature": 0.7, "num_steps_per_rollout": 2, "entropy_coef": 0.1}),
+        ("glm4", {}),
+        ("qwen3_moe", {}),
+    ],
+)
+def test_megatron_trains_as_fsdp(architecture: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    tie = settings.pop("tie", False)
+    model = make_tiny_model(tmp_path / "model", architecture, tie_word_embeddings=tie)
+    args = settings_for(model, **STEADY | settings)
+    theirs, ours = make_backend(args), make_megatron(args)
+    assert theirs.load() == ours.load() == 0
+    expected, found = two_rollouts(theirs, args, tmp_path), two_rollouts(ours, args, tmp_path)
+    for ours_of_rollout, theirs_of_rollout in zip(found.metrics, expected.metrics, strict=True):
+        assert ours_of_rollout == pytest.approx(theirs_of_rollout, abs=1e-5, rel=1e-5)
+    assert_close(found.weights, expected.weights)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"use_distributed_optimizer": True},
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"recompute_granularity": "selective"},
+    ],
+)
+def test_what_saves_memory_changes_nothing(parallel: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    args = settings_for(model, **STEADY)
+    runs = []
+    for settings in ({}, parallel):
+        backend = make_megatron(args, **settings)
+        backend.load()
+        runs.append(two_rollouts(backend, args, tmp_path))
+    assert_close(runs[1].weights, runs[0].weights)
+
+
+def test_packed_sequences_do_not_see_each_other(model: Path) -> None:
+    backend = make_megatron(settings_for(model))
+    backend.load()
+    batch = random_batch(seed=3)
+    weights = torch.ones(int(batch.response_lengths.sum())).numpy()
+    together = backend.log_probs([pack_rows(batch, range(len(batch)), weights)], "actor", entropy=True)[0]
+    alone = backend.log_probs([pack_rows(batch, [row], weights) for row in range(len(batch))], "actor", entropy=True)
+    torch.testing.assert_close(together.log_probs, torch.cat([one.log_probs for one in alone]), rtol=0, atol=2e-6)
+    entropies = [one.entropy for one in alone if one.entropy is not None]
+    torch.testing.assert_close(together.entropy, torch.cat(entropies), rtol=0, atol=2e-6)
+
+
+def test_weights_leave_as_they_came(model: Path) -> None:
+    args = settings_for(model)
+    theirs, ours = make_backend(args), make_megatron(args)
+    theirs.load(), ours.load()
+    expected, found = full_weights(theirs), full_weights(ours)  # type: ignore[arg-type]
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_critic_learns_as_with_fsdp_and_goes_on_from_its_checkpoint(model: Path, tmp_path: Path) -> None:
+    settings = {"advantage_estimator": "ppo", "num_steps_per_rollout": 2, **STEADY}
+    args = settings_for(model, **settings)
+    theirs = FSDPBackend(args, args, torch.device("cpu"), role="critic")
+    ours = make_megatron(dataclasses.replace(args, save=str(tmp_path)), role="critic")
+    assert theirs.load() == ours.load() == 0
+    (expected, values), (found, own_values) = (two_critic_rollouts(backend, args) for backend in (theirs, ours))
+    for ours_of_rollout, theirs_of_rollout in zip(found, expected, strict=True):
+        assert ours_of_rollout == pytest.approx(theirs_of_rollout, abs=1e-5, rel=1e-5)
+    assert own_values[1].abs().max() > 1e-3
+    torch.testing.assert_close(own_values, values, rtol=0, atol=1e-5)
+
+    ours.save(1)
+    resumed = make_megatron(dataclasses.replace(args, load=str(tmp_path)), role="critic")
+    assert resumed.load() == 2
+    again = [two_critic_rollouts(backend, args) for backend in (ours, resumed)]
+    assert again[0][0] == again[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(again[0][1], again[1][1], strict=True))
+    actor = make_megatron(dataclasses.replace(args, save=str(tmp_path / "actor")))
+    actor.load(), actor.save(0)
+    with pytest.raises(ValueError, match="is no critic"):
+        make_megatron(dataclasses.replace(args, critic_load=str(tmp_path / "actor")), role="critic").load()
+
+
+@pytest.mark.parametrize("family", [family for family in CONFIGS if family != "deepseek_v3"])
+def test_every_family_that_can_be_built_has_the_log_probs_of_transformers(family: str, tmp_path: Path) -> None:
+    write_tiny_model(family, tmp_path)
+    args = settings_for(tmp_path)
+    batch = random_batch(seed=5, vocab_size=64)
+    weights = torch.ones(int(batch.response_lengths.sum())).numpy()
+    packed = pack_rows(batch, range(len(batch)), weights)
+    found = []
+    for backend in (make_backend(args), make_megatron(args)):
+        backend.load()
+        found.append(backend.log_probs([packed], "actor", entropy=False)[0].log_probs)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-5)
