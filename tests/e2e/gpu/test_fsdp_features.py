@@ -83,7 +83,7 @@ def test_what_is_offloaded_waits_on_the_host_and_trains_alike(mixed_world: None,
 
 
 def test_a_reference_that_waits_on_the_host_says_the_same(mixed_world: None, model: Path, tmp_path: Path) -> None:
-    flags = ("--use-kl-loss", "--kl-loss-coef", "0.1", "--ref-update-interval", "1")
+    flags = ("--no-bf16", "--use-kl-loss", "--kl-loss-coef", "0.1", "--ref-update-interval", "1")
     plain, recipe = build(settings(model, *flags), tmp_path)
     before = torch.cuda.memory_allocated()
     parked, other = build(settings(model, *flags, "--offload-ref"), tmp_path)
