@@ -393,7 +393,7 @@ def _rollout(config: RunConfig) -> dict[str, Any]:
         "--sglang-config, or use disk.",
     )
     _require(
-        config.prefill_num_servers is None or config.prefill_num_servers < config.num_engines,
+        config.debug_train_only or (config.prefill_num_servers or 0) < max(1, config.num_engines),
         f"--prefill-num-servers {config.prefill_num_servers} must leave engines that decode; there are "
         f"{config.num_engines} in all.",
     )

@@ -242,6 +242,7 @@ DERIVED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"colocate": True, "offload_train": False}, {"offload_train": False, "offload_rollout": True}),
     ({"colocate": True, "actor_num_nodes": 2, "rollout_num_gpus": None}, {"rollout_num_gpus": 2}),
     ({"debug_train_only": True, "rollout_num_gpus": None, **SFT}, {"rollout_num_gpus": 0}),
+    ({"debug_train_only": True, "prefill_num_servers": 1, **SFT}, {"rollout_num_gpus": 0}),
     ({}, {"eps_clip_high": 0.2}),
     ({"eps_clip": 0.1, "eps_clip_high": 0.0}, {"eps_clip_high": 0.0}),
     ({"n_samples_per_prompt": 1, "rewards_normalization": False}, {"grpo_std_normalization": False}),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 _DENSE: dict[str, Any] = {
@@ -90,3 +91,11 @@ def write_tiny_model(name: str, directory: Path, *, max_shard_size: str = "1GB",
     model = tiny_model(name, **more)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return model
+
+
+def edit_weights(directory: Path, *, add: dict[str, torch.Tensor] | None = None, remove: str | None = None) -> None:
+    """Adds or removes tensors of a directory with one file of weights."""
+    (path,) = directory.glob("*.safetensors")
+    tensors = load_file(path) | (add or {})
+    tensors.pop(remove or "", None)
+    save_file(tensors, path, metadata={"format": "pt"})

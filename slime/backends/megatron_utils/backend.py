@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from slime.backends.megatron_utils.folders import Meta, read_meta
 from slime.backends.megatron_utils.gather import gathered_tensors
 from slime.backends.megatron_utils.head import TokenHead, ValueHead
 from slime.backends.megatron_utils.model import Weights, build_chunk, copy_into, host_copy, read_weights
-from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, read_shape
+from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, passed_through_tensors, read_shape
 from slime.backends.megatron_utils.optimizer import gradient_buffers, make_optimizer, state_tensors, step_if_finite
 from slime.backends.megatron_utils.packing import Inputs, Split, inputs_of
 from slime.backends.megatron_utils.parallel import (
@@ -190,9 +191,8 @@ class MegatronBackend:
         if run.save_hf is not None:
             directory = Path(run.save_hf.format(rollout_id=rollout_id))
             is_writer = self.layout.is_reporter
-            write_hf_directory(
-                self.hf_tensors(), directory, assets=run.hf_checkpoint, is_writer=is_writer, is_durable=True
-            )
+            tensors = chain(self.hf_tensors(), self._passed_through() if is_writer else ())
+            write_hf_directory(tensors, directory, assets=run.hf_checkpoint, is_writer=is_writer, is_durable=True)
         meta = Meta(rollout_id, self.num_steps, schedule_of(run, self._total_steps()), self.role)
         with checkpoint.new_checkpoint(run.save, meta) as folder:
             checkpoint.write(folder, self.chunk.lm, None if run.no_save_optim else self.optimizer)
@@ -200,6 +200,11 @@ class MegatronBackend:
             for tag in sorted(self.moved):
                 with self._weights_of(tag):
                     checkpoint.write(folder / tag, self.chunk.lm)
+
+    def _passed_through(self) -> Iterable[tuple[str, Tensor]]:
+        """What Megatron's model has not, such as layers for multi-token prediction, from --hf-checkpoint."""
+        origin = Path(self.run.hf_checkpoint)
+        return passed_through_tensors(self.shape, HFDirectory(origin)) if any(origin.glob("*.safetensors")) else ()
 
     def finish_save(self) -> None:
         """Saves are complete when they return."""

@@ -10,8 +10,7 @@ import pytest
 import torch
 from helpers.megatron_cpu import megatron_on_cpu
 from helpers.megatron_models import build_gpt, load_hf, megatron_world
-from helpers.model_families import CONFIGS, write_tiny_model
-from safetensors.torch import load_file, save_file
+from helpers.model_families import CONFIGS, edit_weights, write_tiny_model
 
 from slime.backends.megatron_utils.convert import hf_to_torch_dist, megatron_to_hf
 from slime.backends.megatron_utils.convert.torch_dist_file import TorchDistReader
@@ -23,13 +22,6 @@ def same_tensors(first: Path, second: Path) -> bool:
     return a.shapes == b.shapes and all(
         a.dtypes[name] == b.dtypes[name] and torch.equal(a.tensor(name), b.tensor(name)) for name in a.shapes
     )
-
-
-def edit_weights(directory: Path, *, add: dict[str, torch.Tensor] | None = None, remove: str | None = None) -> None:
-    (path,) = directory.glob("*.safetensors")
-    tensors = load_file(path) | (add or {})
-    tensors.pop(remove or "", None)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("family", CONFIGS)
