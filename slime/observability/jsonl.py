@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +16,26 @@ _BLOCK_BYTES = 1 << 16
 class JsonlWriter:
     """Appends objects to a file, each in one unbuffered write, so that several processes may share it.
 
-    A last line that an earlier process left unfinished is cut off when the file is opened.
+    A last line that an earlier process left unfinished is cut off when the file is opened; a lock tells it from one
+    that another process is writing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+", buffering=0)
-        size = self._file.seek(0, 2)
-        complete = self._complete_bytes(size)
-        if complete < size:
-            self._file.truncate(complete)
+        with self._locked(fcntl.LOCK_EX):
+            size = self._file.seek(0, 2)
+            complete = self._complete_bytes(size)
+            if complete < size:
+                self._file.truncate(complete)
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line. Raises OSError, naming the file, where it could not be written whole."""
         line = (json.dumps(_finite(record), allow_nan=False, ensure_ascii=False) + "\n").encode()
         try:
-            written = self._file.write(line)
+            with self._locked(fcntl.LOCK_SH):
+                written = self._file.write(line)
         except OSError as error:
             raise OSError(error.errno, f"cannot write a line ({error.strerror})", str(self.path)) from error
         if written != len(line):
@@ -37,6 +43,17 @@ class JsonlWriter:
 
     def close(self) -> None:
         self._file.close()
+
+    @contextlib.contextmanager
+    def _locked(self, kind: int) -> Iterator[None]:
+        """Hold the file's lock, shared while a line is written; where a file system has none, go without."""
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._file, kind)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _complete_bytes(self, size: int) -> int:
         """The file's length up to and with its last newline."""

@@ -38,9 +38,8 @@ def megatron_on_cpu() -> Iterator[None]:
         yield
         return
     importlib.import_module("torch._dynamo")  # it lists torch's functions when it is imported: the originals
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):  # the compiler asks for GPUs
         patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # the compiler asks for GPUs
         _redirect_tensors(patch)
         _redirect_cuda(patch)
         _redirect_barrier(patch)
@@ -130,12 +129,20 @@ class _Stream:
     synchronize = wait_stream = wait_event = wait
 
 
+class _Event(_Stream):
+    """Another name for the compiler, which knows what stands under each by identity."""
+
+
+def _returns(value: Any) -> Callable[..., Any]:
+    """A function of its own each time: the compiler refuses one that stands under two names of torch."""
+    return lambda *args, **options: value
+
+
 def _redirect_cuda(patch: pytest.MonkeyPatch) -> None:
     stream = _Stream()
     properties = types.SimpleNamespace(
         major=9, minor=0, name="cpu", total_memory=16 * GIBIBYTE, multi_processor_count=1
     )
-    nothing = lambda *args, **options: None  # noqa: E731
     stand_ins: dict[str, Callable[..., Any]] = {
         "current_device": lambda: 0,
         "device_count": lambda: 1,
@@ -151,18 +158,18 @@ def _redirect_cuda(patch: pytest.MonkeyPatch) -> None:
         "get_device_capability": lambda *args, **options: (9, 0),
         "get_device_properties": lambda *args, **options: properties,
         "Stream": _Stream,
-        "Event": _Stream,
+        "Event": _Event,
     }
-    stand_ins |= dict.fromkeys(("set_device", "synchronize", "empty_cache", "set_stream", "ipc_collect"), nothing)
-    stand_ins |= dict.fromkeys(("reset_peak_memory_stats",), nothing)
+    calls = ("set_device", "synchronize", "empty_cache", "set_stream", "ipc_collect", "reset_peak_memory_stats")
     numbers = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
-    stand_ins |= dict.fromkeys((*numbers, "device_memory_used"), lambda *args, **options: 0)
+    stand_ins |= {name: _returns(None) for name in calls}
+    stand_ins |= {name: _returns(0) for name in (*numbers, "device_memory_used")}
     for name, stand_in in stand_ins.items():
         patch.setattr(torch.cuda, name, stand_in, raising=False)
     for name in ("get_rng_state", "set_rng_state"):
         patch.setattr(torch.cuda.random, name, stand_ins[name])
     for name in ("range_push", "range_pop", "mark"):
-        patch.setattr(torch.cuda.nvtx, name, nothing)
+        patch.setattr(torch.cuda.nvtx, name, _returns(None))
 
 
 def _redirect_barrier(patch: pytest.MonkeyPatch) -> None:

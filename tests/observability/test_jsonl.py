@@ -68,6 +68,18 @@ def test_several_processes_append_whole_lines_to_one_file(tmp_path: Path):
         assert [record["i"] for record in records if record["who"] == who] == list(range(300))
 
 
+def test_a_process_that_opens_a_file_loses_no_line_that_another_is_writing(tmp_path: Path):
+    write = "JsonlWriter(path).append({'i': i, 'pad': 'x' * 50_000})"
+    code = (
+        "import sys; from pathlib import Path; from slime.observability.jsonl import JsonlWriter\n"
+        f"path = Path(sys.argv[1])\nfor i in range(300): {write}\n"
+    )
+    path = tmp_path / "a.jsonl"
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(path)]) for _ in range(3)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    assert sorted(record["i"] for record in read_jsonl(path)) == sorted([*range(300)] * 3)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path):
     (tmp_path / "a.jsonl").symlink_to("/dev/full")
