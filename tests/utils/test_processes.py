@@ -36,7 +36,10 @@ def _command_of(process: OwnedProcess) -> psutil.Process:
 
 
 def _has_ended(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_output_goes_to_the_log_and_the_exit_code_comes_back(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_what_a_function_started_ends_with_it(tmp_path: Path) -> None:
     with pytest.raises(RewardError):
         score(settings("starts_a_child_and_hangs", rm_timeout_s=2.0), Sample(metadata={"pid_file": str(file)}))
     child = int(file.read_text())
-    wait_until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: has_ended(child))
 
 
 def test_a_worker_ends_when_its_parent_is_killed_even_while_it_spins() -> None:
@@ -252,6 +252,13 @@ def test_a_function_is_imported_from_where_this_process_finds_it(
 def test_arguments_that_cannot_be_sent_say_what_to_do() -> None:
     with pytest.raises(RewardError, match="cannot be sent to a process .* make it async, or set --rm-num-workers 0"):
         score(settings("pid"), Sample(metadata={"lock": threading.Lock()}))
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def workers() -> set[int]:
