@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,6 @@ from slime.ray.actors import CONTROL, LIFETIME
 from slime.ray.current_weights import WeightFiles
 from slime.ray.engine_command import engine_client, transport_kind
 from slime.ray.watchdog import thread_stacks, wait_for_the_end
-from slime.utils.http_utils import find_free_port
 from slime.utils.logging import configure_logging
 from slime.utils.malloc import keep_freed_memory
 from slime.utils.misc import load_function
@@ -84,11 +84,15 @@ class TrainActor:
         self.run_dir = Path(run_dir)
         self.role = role
         self.num_trained = 0  # rollouts: the version of the weights
+        self.listener: socket.socket | None = None  # of rank 0, for the others to meet at
 
     def address(self, *, loopback: bool) -> str:
         """`host:port` at which this rank can be found, for a rendezvous; by this machine only, or by others too."""
+        from slime.utils.distributed import open_listener
+
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
-        return f"{host}:{find_free_port(host)}"
+        self.listener = open_listener(host)
+        return f"{host}:{self.listener.getsockname()[1]}"
 
     def start(self, address: str, num_threads: int, weights_dir: str) -> int:
         """Join the world, load model and optimizer. Returns the first rollout id to run."""
@@ -107,6 +111,7 @@ class TrainActor:
             world_size=self.args.num_critics if self.role == "critic" else self.args.num_trainers,
             address=address,
             timeout_minutes=self.args.distributed_timeout_minutes,
+            listener=self.listener,
         )
         self.backend = _BACKENDS[self.args.train_backend](self.args, device, self.role)
         self.is_reporter = self.backend.layout.is_reporter

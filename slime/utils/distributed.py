@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -13,15 +14,35 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, Store, distributed_c10d
 
 
-def init_process_group(*, backend: str, rank: int, world_size: int, address: str, timeout_minutes: float) -> None:
-    """Join the world of trainers. address: `host:port` of rank 0. Raises a torch error naming the deadline."""
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{address}",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
+def open_listener(host: str) -> socket.socket:
+    """Listens at a free port of `host`, which nobody else can take before `init_process_group` gets it."""
+    return socket.create_server((host, 0))
+
+
+def init_process_group(
+    *,
+    backend: str,
+    rank: int,
+    world_size: int,
+    address: str,
+    timeout_minutes: float,
+    listener: socket.socket | None = None,
+) -> None:
+    """Join the world of trainers. Raises a torch error naming the deadline.
+
+    address: `host:port` of rank 0. listener: rank 0's at that address, which the world takes over.
+    """
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    host, _, port = address.rpartition(":")
+    store = dist.TCPStore(
+        host,
+        int(port),
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        master_listen_fd=None if listener is None else listener.detach(),
     )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def communication(setting: str, device: torch.device, *, cpu_backend: str | None = None) -> str:
