@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import pytest
-from helpers.embedded_engine import EngineUnderTest, running_engine
+from helpers.embedded_engine import EngineUnderTest
 from helpers.settings import run_args
-from helpers.tiny_models import make_tiny_model
 
 from slime.arguments import Args
 from slime.config.base import ConfigError
@@ -22,25 +21,12 @@ from slime.rollout.data_source import RolloutDataSource, RolloutDataSourceWithBu
 from slime.rollout.filter_hub.base_types import DynamicFilterOutput
 from slime.rollout.sglang_rollout import RolloutFailed, generate, generate_rollout, get_model_url
 from slime.rollout.tokenizer import tokenizer_of
-from slime.utils.async_utils import run
-from slime.utils.http_utils import close, get, post
+from slime.utils.http_utils import get, post
 from slime.utils.types import Sample, SampleStatus
 
 SHORT, LONG = 3, 200
 MakeArgs = Callable[..., Args]
 Params = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=256)
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[EngineUnderTest]:
-    with running_engine(model, "--num-threads", "1") as running:
-        yield running
-        run(close())
 
 
 @pytest.fixture

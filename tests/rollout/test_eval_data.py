@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import pytest
-from helpers.embedded_engine import EngineUnderTest, running_engine
+from helpers.embedded_engine import EngineUnderTest
 from helpers.settings import run_args
-from helpers.tiny_models import make_tiny_model
 
 from slime.arguments import Args
 from slime.cli.dry_run import plan
@@ -20,24 +19,11 @@ from slime.observability.metrics import eval_metrics
 from slime.rollout.data_source import RolloutDataSource
 from slime.rollout.eval_data import SETTING_OF_KEY, eval_sets, samples_per_prompt
 from slime.rollout.sglang_rollout import generate_rollout
-from slime.utils.async_utils import run
 from slime.utils.eval_config import KEYS
-from slime.utils.http_utils import close
 from slime.utils.types import Sample
 
 MakeArgs = Callable[..., Args]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=64)
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[EngineUnderTest]:
-    with running_engine(model, "--num-threads", "1") as running:
-        yield running
-        run(close())
+CONTEXT = 64
 
 
 @pytest.fixture

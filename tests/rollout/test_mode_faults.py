@@ -12,10 +12,9 @@ from typing import Any
 import psutil
 import pytest
 from aiohttp import web
-from helpers.embedded_engine import EngineUnderTest, running_engine
+from helpers.embedded_engine import EngineUnderTest
 from helpers.scripted_engine import ScriptedEngine, router_flags, scripted_engine
 from helpers.settings import run_args
-from helpers.tiny_models import make_tiny_model
 
 from slime.arguments import Args
 from slime.rollout.data_source import RolloutDataSource, RolloutDataSourceWithBuffer
@@ -23,7 +22,6 @@ from slime.rollout.fully_async_rollout import generate_rollout_fully_async, stop
 from slime.rollout.sglang_rollout import generate, generate_rollout
 from slime.rollout.tokenizer import tokenizer_of
 from slime.utils.async_utils import run
-from slime.utils.http_utils import close
 from slime.utils.types import Sample
 from tests.e2e.cpu.helpers.runs import wait_for
 
@@ -32,18 +30,6 @@ PARTIAL = ("--over-sampling-batch-size", "4", "--partial-rollout")
 FULLY_ASYNC = ("--rollout-function-path", "slime.rollout.fully_async_rollout.generate_rollout_fully_async")
 MODES = [(generate_rollout, PARTIAL), (generate_rollout_fully_async, FULLY_ASYNC)]
 MakeArgs = Callable[..., Args]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=256)
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[EngineUnderTest]:
-    with running_engine(model, "--num-threads", "1") as running:
-        yield running
-        run(close())
 
 
 @pytest.fixture

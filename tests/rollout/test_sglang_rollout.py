@@ -6,7 +6,7 @@ import asyncio
 import gc
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from urllib.parse import urlparse
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from helpers.embedded_engine import EngineUnderTest, running_engine
+from helpers.embedded_engine import EngineUnderTest
 from helpers.settings import run_args
-from helpers.tiny_models import make_tiny_model
 
 from slime.arguments import Args
 from slime.observability.metrics import eval_metrics
@@ -36,18 +35,6 @@ from slime.utils.types import Sample, SampleStatus
 
 CONTEXT = 32
 MakeArgs = Callable[..., Args]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=CONTEXT)
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[EngineUnderTest]:
-    with running_engine(model, "--num-threads", "1") as running:
-        yield running
-        run(close())
 
 
 @pytest.fixture
