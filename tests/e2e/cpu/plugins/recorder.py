@@ -44,6 +44,11 @@ async def generate(args, sample, sampling_params):
         flag.unlink()
 
 
+async def to_the_end(args, sample, sampling_params):
+    """As `generate`, every response as long as it may be."""
+    return await generate(args, sample, sampling_params | {"ignore_eos": True})
+
+
 async def long_or_short(args, sample, sampling_params):
     """Every second prompt has responses of 4 tokens, the others of 150."""
     length = 4 if sample.index % 8 < 4 else 150
