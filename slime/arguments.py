@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from slime.backends.fsdp_utils.arguments import FSDPConfig, check_context_parallel, check_packable
 from slime.backends.megatron_utils.arguments import MegatronConfig, check_megatron
 from slime.backends.megatron_utils.find import find_megatron
+from slime.backends.megatron_utils.stages import num_virtual_stages
 from slime.backends.sglang_utils.arguments import (
     check_flags,
     find_sglang,
@@ -152,8 +153,10 @@ def _check_supported(args: Args) -> None:
         _check_engine(args)
     _check_router_args(args.router_args)
     check_model_directory(args.hf_checkpoint, "--hf-checkpoint")
+    model_config = read_model_config(args.hf_checkpoint)
+    if args.train_backend == "megatron" and not args.debug_rollout_only and "num_hidden_layers" in model_config:
+        num_virtual_stages(args, model_config["num_hidden_layers"])
     if args.train_backend == "fsdp":
-        model_config = read_model_config(args.hf_checkpoint)
         check_packable(model_config)
         check_context_parallel(args.context_parallel_size, args, model_config)
     for model in args.file_models:

@@ -12,15 +12,6 @@ from slime.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 
-# What Megatron calls the number of them, or their size.
-VIRTUAL = frozenset(
-    {
-        "num_layers_per_virtual_pipeline_stage",
-        "num_virtual_stages_per_pipeline_rank",
-        "virtual_pipeline_model_parallel_size",
-    }
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronConfig(Group):
@@ -29,6 +20,16 @@ class MegatronConfig(Group):
     tensor_model_parallel_size: int = arg(1, "Ranks that share each matrix.")
     sequence_parallel: bool = arg(False, "Norms and residuals are shared among the tensor-parallel ranks too.")
     pipeline_model_parallel_size: int = arg(1, "Ranks that share the layers.")
+    num_virtual_stages_per_pipeline_rank: int | None = arg(
+        None, "Parts of a rank's layers; micro-batches of one are computed while others are waited for."
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = arg(None, "The same by the number of layers of a part.")
+    decoder_first_pipeline_num_layers: int | None = arg(
+        None, "Layers of the first pipeline rank; the others share the rest evenly."
+    )
+    decoder_last_pipeline_num_layers: int | None = arg(
+        None, "Layers of the last pipeline rank; the others share the rest evenly."
+    )
     expert_model_parallel_size: int = arg(1, "Ranks that share the experts.")
     expert_tensor_parallel_size: int | None = arg(
         None, "Ranks that share each expert's matrices (default: --tensor-model-parallel-size)."
@@ -66,6 +67,8 @@ class MegatronConfig(Group):
 
     def __post_init__(self) -> None:
         check_positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        check_positive(self, "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage")
+        check_positive(self, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
         check_positive(self, "expert_model_parallel_size", "expert_tensor_parallel_size", "recompute_num_layers")
         check_not_negative(self, "moe_aux_loss_coeff")
         for name in ("attention_dropout", "hidden_dropout"):
@@ -91,7 +94,6 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig, *, fp16: bool) -> None:
     is_on_cpu = run.device == "cpu" and cfg.custom_megatron_init_path is None
     for is_refused, what in (
         (is_on_cpu, "--device cpu: Megatron trains on GPUs"),
-        (bool(VIRTUAL & cfg.megatron_args.keys()), "virtual pipeline stages: the Megatron backend has none"),
         (fp16, "--fp16: the Megatron backend computes in bfloat16 or float32"),
         (run.async_save, "--async-save: the Megatron backend saves before it goes on"),
         (cfg.ckpt_format == "torch", "--ckpt-format torch: checkpoints are written as torch_dist"),

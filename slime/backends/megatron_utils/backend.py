@@ -27,7 +27,13 @@ from slime.backends.megatron_utils.gather import gathered_tensors
 from slime.backends.megatron_utils.head import TokenHead, ValueHead
 from slime.backends.megatron_utils.model import Weights, build_chunk, copy_into, host_copy, read_weights
 from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, passed_through_tensors, read_shape
-from slime.backends.megatron_utils.optimizer import gradient_buffers, make_optimizer, state_tensors, step_if_finite
+from slime.backends.megatron_utils.optimizer import (
+    gradient_buffers,
+    make_optimizer,
+    state_tensors,
+    step_if_finite,
+    without_reduction,
+)
 from slime.backends.megatron_utils.packing import Inputs, Split, inputs_of
 from slime.backends.megatron_utils.parallel import (
     SumOverContext,
@@ -38,6 +44,7 @@ from slime.backends.megatron_utils.parallel import (
     tensor_from_last_stage,
 )
 from slime.backends.megatron_utils.sources import Source
+from slime.backends.megatron_utils.stages import num_virtual_stages
 from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
 from slime.backends.shared.offload import HostCopy
 from slime.backends.shared.target_log_probs import LogitRule
@@ -81,13 +88,13 @@ class MegatronBackend:
         self.cfg = cfg
         self.device = device
         self.dtype = dtype
-        self.layout = open_groups(cfg, run)
+        self.shape = read_shape(run.hf_checkpoint)
+        self.layout = open_groups(cfg, run, num_virtual=num_virtual_stages(cfg, self.shape.num_layers))
         self.split = Split(
             context_rank=parallel_state.get_context_parallel_rank(),
             context_size=run.context_parallel_size,
             tensor_size=cfg.tensor_model_parallel_size if cfg.sequence_parallel else 1,
         )
-        self.shape = read_shape(run.hf_checkpoint)
         self.transformer_engine = transformer_engine
         self.config = transformer.transformer_config(
             self.shape,
@@ -122,10 +129,12 @@ class MegatronBackend:
         is_critic = self.role == "critic"
         source = sources.critic_source(self.run) if is_critic else sources.actor_source(self.run)
         self._read(source)
-        self.chunk.wrapped = self._wrapped(self.chunk.lm)
+        self.chunk.wrapped = [self._wrapped(lm, is_first=index == 0) for index, lm in enumerate(self.chunk.lms)]
         optimizer_config = transformer.optimizer_config(self.run, self.cfg, dtype=self.dtype)
         self.optimizer = make_optimizer(optimizer_config, self.chunk.wrapped)
         self.config.finalize_model_grads_func = _finalize
+        if self.cfg.overlap_grad_reduce:
+            self.config.no_sync_func = partial(without_reduction, self.chunk.wrapped)
         continued = self._continued(source)
         if self.role == "actor":
             self._load_frozen(source.path if continued is not None else None)
@@ -134,7 +143,7 @@ class MegatronBackend:
     def _read(self, source: Source) -> None:
         """Overwrite the model's weights."""
         if source.is_checkpoint:
-            checkpoint.read_weights(source.path, self.chunk.lm)
+            checkpoint.read_weights(source.path, self.chunk.lms)
             return
         files = HFDirectory(source.path)
         check_checkpoint(self.shape, files.shapes)
@@ -147,7 +156,7 @@ class MegatronBackend:
         if meta is None or self.run.finetune:
             return None
         if not self.run.no_load_optim:
-            checkpoint.read_optimizer(source.path, self.chunk.lm, self.optimizer)
+            checkpoint.read_optimizer(source.path, self.chunk.lms, self.optimizer)
         if not self.run.no_load_rng:
             checkpoint.read_rng(source.path)
         self.run = continued(self.run, meta.schedule, self._total_steps())
@@ -176,13 +185,15 @@ class MegatronBackend:
 
     def _head(self) -> TokenHead | ValueHead:
         if self.role == "critic":
-            return ValueHead(self.chunk.lm)
+            return ValueHead(self.chunk.lms[-1])
         rule = LogitRule(self.run.rollout_temperature, None, self.run.log_probs_chunk_size)
-        return TokenHead(self.chunk.lm, vocab_size=self.shape.vocab_size, rule=rule)
+        return TokenHead(self.chunk.lms[-1], vocab_size=self.shape.vocab_size, rule=rule)
 
-    def _wrapped(self, lm: nn.Module) -> nn.Module:
+    def _wrapped(self, lm: nn.Module, *, is_first: bool) -> nn.Module:
+        """is_first: only of the first stage gradients are worth adding up in several parts; its backward ends last."""
         half = lm if self.dtype == torch.float32 else Float16Module(self.config, lm)
-        wrapped: nn.Module = DistributedDataParallel(self.config, transformer.ddp_config(self.cfg), half)
+        settings = transformer.ddp_config(self.cfg)
+        wrapped: nn.Module = DistributedDataParallel(self.config, settings, half, disable_bucketing=not is_first)
         return wrapped
 
     def save(self, rollout_id: int) -> None:
@@ -195,11 +206,11 @@ class MegatronBackend:
             write_hf_directory(tensors, directory, assets=run.hf_checkpoint, is_writer=is_writer, is_durable=True)
         meta = Meta(rollout_id, self.num_steps, schedule_of(run, self._total_steps()), self.role)
         with checkpoint.new_checkpoint(run.save, meta) as folder:
-            checkpoint.write(folder, self.chunk.lm, None if run.no_save_optim else self.optimizer)
+            checkpoint.write(folder, self.chunk.lms, None if run.no_save_optim else self.optimizer)
             checkpoint.write_rng(folder)
             for tag in sorted(self.moved):
                 with self._weights_of(tag):
-                    checkpoint.write(folder / tag, self.chunk.lm)
+                    checkpoint.write(folder / tag, self.chunk.lms)
 
     def _passed_through(self) -> Iterable[tuple[str, Tensor]]:
         """What Megatron's model has not, such as layers for multi-token prediction, from --hf-checkpoint."""
@@ -233,11 +244,13 @@ class MegatronBackend:
 
     def log_probs(self, batches: list[PackedBatch], model: ModelTag, *, entropy: bool) -> list[TokenOutputs]:
         wants = Wants(entropy=entropy)
-        self.chunk.wrapped.eval()
+        for stage in self.chunk.wrapped:
+            stage.eval()
         with self._weights_of(model), torch.no_grad():
             self._call_hook(self.cfg.custom_megatron_before_log_prob_hook_path, _STORE_PREFIX[model])
             found = self._run(batches, wants, _outputs_of, forward_only=True)
-        self.chunk.wrapped.train()
+        for stage in self.chunk.wrapped:
+            stage.train()
         return self._complete(batches, found, entropy=entropy)
 
     def _complete(
@@ -262,7 +275,8 @@ class MegatronBackend:
         ]
 
     def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
-        self.chunk.wrapped.zero_grad_buffer()
+        for stage in self.chunk.wrapped:
+            stage.zero_grad_buffer()
         self.optimizer.zero_grad()
         lr = learning_rate(self.num_steps, self.run, self._total_steps())
         position = divmod(self.num_steps, self.run.num_steps_per_rollout or 1)
@@ -283,7 +297,7 @@ class MegatronBackend:
         inputs = [inputs_of(batch, self.split, self.device, on_device=self.transformer_engine) for batch in batches]
         result: list[Any] = get_forward_backward_func()(
             forward_step_func=partial(self._forward, wants=wants, finish=finish),
-            data_iterator=iter(inputs),
+            data_iterator=[iter(inputs) for _ in self.chunk.wrapped],
             model=self.chunk.wrapped,
             num_microbatches=len(batches),
             seq_length=1,  # stages tell each other how long theirs are
@@ -298,7 +312,7 @@ class MegatronBackend:
     ) -> tuple[Tensor, Callable[..., Any]]:
         """One micro-batch through this stage, as a schedule calls it."""
         inputs = next(iterator)
-        head = self.head
+        head = self.head if model is self.chunk.wrapped[-1] else None
         if head is not None:
             head.wanted = (inputs, wants)
         output = model(inputs.input_ids, inputs.position_ids, None, packed_seq_params=inputs.packing)
@@ -324,7 +338,7 @@ class MegatronBackend:
         """A user's function, as the pages on plug-ins say: the model is a list of this rank's stages."""
         if path is None:
             return
-        models = [self.chunk.wrapped]
+        models = self.chunk.wrapped
         if optimizer:
             schedule = partial(learning_rate, cfg=self.run, total_steps=self._total_steps())
             load_function(path)(self.run, *position, models, self.optimizer, schedule)

@@ -57,29 +57,37 @@ def new_checkpoint(root: str, meta: Meta) -> Iterator[Path]:
     dist.barrier()
 
 
-def write(folder: Path, lm: nn.Module, optimizer: Any | None = None) -> None:
+def write(folder: Path, lms: list[nn.Module], optimizer: Any | None = None) -> None:
     """Write weights, and an optimizer's state with them, to an empty folder or a new one in it. A collective."""
     if dist.get_rank() == 0:
         folder.mkdir(exist_ok=True)
     dist.barrier()
-    state = {"checkpoint_version": 3.0, "model": lm.sharded_state_dict()}  # type: ignore[operator]
+    weights = _sharded(lms)
+    state = {"checkpoint_version": 3.0, **weights}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=_SHARDING)
+        state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_SHARDING)
     dist_checkpointing.save(state, str(folder))
 
 
-def read_weights(folder: Path, lm: nn.Module) -> None:
-    """Read weights into `lm`, whatever the ranks they were saved from. Raises CheckpointError where they do not fit."""
-    state = _load(folder, {"model": lm.sharded_state_dict()})  # type: ignore[operator]
-    lm.load_state_dict(state["model"])
+def _sharded(lms: list[nn.Module]) -> dict[str, Any]:
+    """The weights of each stage under Megatron's names for them; in a file their layers are counted over all."""
+    names = ["model"] if len(lms) == 1 else [f"model{number}" for number in range(len(lms))]
+    return {name: lm.sharded_state_dict() for name, lm in zip(names, lms, strict=True)}  # type: ignore[operator]
 
 
-def read_optimizer(folder: Path, lm: nn.Module, optimizer: Any) -> None:
+def read_weights(folder: Path, lms: list[nn.Module]) -> None:
+    """Read weights into `lms`, whatever the ranks they were saved from. Raises CheckpointError where they don't fit."""
+    weights = _sharded(lms)
+    state = _load(folder, weights)
+    for lm, name in zip(lms, weights, strict=True):
+        lm.load_state_dict(state[name])
+
+
+def read_optimizer(folder: Path, lms: list[nn.Module], optimizer: Any) -> None:
     """Read moments and step counts; learning rate, decay and betas stay as the settings say."""
     kept = ("lr", "weight_decay", "betas", "eps")
     settings = [{name: group[name] for name in kept} for group in optimizer.param_groups]
-    weights = lm.sharded_state_dict()  # type: ignore[operator]
-    wanted = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_SHARDING)
+    wanted = optimizer.sharded_state_dict(_sharded(lms), is_loading=True, metadata=_SHARDING)
     optimizer.load_state_dict(_load(folder, {"optimizer": wanted})["optimizer"])
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)

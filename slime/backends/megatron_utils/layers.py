@@ -30,13 +30,14 @@ class Norm(torch.nn.RMSNorm):
 
 
 def block_spec(
-    config: TransformerConfig, *, transformer_engine: bool, sandwich_norms: bool = False
+    config: TransformerConfig, *, transformer_engine: bool, sandwich_norms: bool = False, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers of one stage. Checkpoints of both kinds have the same names."""
+    """The layers of one stage; vp_stage: which virtual one. Checkpoints of both kinds have the same names."""
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=transformer_engine,
         normalization=config.normalization,
+        vp_stage=vp_stage,
     )
     for layer in block.layer_specs:
         layer.module = SandwichNormLayer if sandwich_norms else layer.module

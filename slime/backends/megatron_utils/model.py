@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -15,20 +16,33 @@ from slime.backends.megatron_utils.names import HFDirectory, ModelShape, Paralle
 from slime.backends.megatron_utils.parallel import place_of
 
 Weights = dict[str, Tensor]
+_LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 
 
 class Chunk:
-    """The layers of this rank's stage. lm: as built; `wrapped` is what schedules call."""
+    """The layers of this rank: of its stage, or of its virtual stages in turn.
 
-    def __init__(self, lm: GPTModel, place: ParallelPlace) -> None:
-        self.lm = lm
+    lms: each stage as built; `wrapped` is what schedules call.
+    """
+
+    def __init__(self, lms: list[GPTModel], place: ParallelPlace) -> None:
+        self.lms = lms
         self.place = place
-        self.wrapped: Any = lm
+        self.wrapped: list[Any] = list(lms)
 
     def weights(self) -> Weights:
-        """Parameters and buffers by Megatron's name, in place."""
-        state: dict[str, Any] = self.lm.state_dict(keep_vars=True)
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        """Parameters and buffers by Megatron's name, with layers counted over the whole model, in place."""
+        return {
+            _global_name(lm, name): value
+            for lm in self.lms
+            for name, value in lm.state_dict(keep_vars=True).items()
+            if isinstance(value, Tensor)
+        }
+
+
+def _global_name(lm: GPTModel, name: str) -> str:
+    match = _LAYER.fullmatch(name)
+    return name if match is None else f"{match[1]}{lm.decoder.layers[int(match[2])].layer_number - 1}{match[3]}"
 
 
 def build_chunk(
@@ -39,17 +53,23 @@ def build_chunk(
     transformer_engine: bool,
     device: torch.device,
 ) -> Chunk:
-    """This rank's stage, with random weights. options: `transformer.model_options`."""
+    """This rank's stages, with random weights. options: `transformer.model_options`."""
     apply_router_without_transformer_engine()
-    lm = GPTModel(
-        config,
-        block_spec(config, transformer_engine=transformer_engine, sandwich_norms=shape.sandwich_norms),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        **options,
-    ).to(device)
-    layers = [layer.layer_number - 1 for layer in lm.decoder.layers]
-    return Chunk(lm, place_of(layers, options["vocab_size"]))
+    count = config.virtual_pipeline_model_parallel_size
+    lms = [
+        GPTModel(
+            config,
+            block_spec(
+                config, transformer_engine=transformer_engine, sandwich_norms=shape.sandwich_norms, vp_stage=stage
+            ),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            vp_stage=stage,
+            **options,
+        ).to(device)
+        for stage in ([None] if count is None else range(count))
+    ]
+    return Chunk(lms, place_of(range(shape.num_layers), options["vocab_size"]))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +16,10 @@ from torch import nn
 from slime.backends.megatron_utils.adam import apply_group_step_adam
 
 
-def make_optimizer(config: MegatronOptimizerConfig, model: nn.Module) -> MegatronOptimizer:
-    """model: wrapped, with the weights to start from: half-precision ones get float32 copies now."""
+def make_optimizer(config: MegatronOptimizerConfig, models: list[nn.Module]) -> MegatronOptimizer:
+    """models: wrapped, with the weights to start from: half-precision ones get float32 copies now."""
     apply_group_step_adam()
-    return get_megatron_optimizer(config, [model])
+    return get_megatron_optimizer(config, models)
 
 
 def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
@@ -52,7 +53,17 @@ def state_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def gradient_buffers(model: Any) -> Iterator[torch.Tensor]:
-    """The memory in which Megatron adds up gradients. model: wrapped in its DistributedDataParallel."""
-    for buffer in (*model.buffers, *model.expert_parallel_buffers):
-        yield buffer.grad_data
+@contextlib.contextmanager
+def without_reduction(models: list[Any]) -> Iterator[None]:
+    """Backward passes that add up gradients on this rank alone: with overlap all micro-batches but the last."""
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(model.no_sync())
+        yield
+
+
+def gradient_buffers(models: list[Any]) -> Iterator[torch.Tensor]:
+    """The memory in which Megatron adds up gradients. models: wrapped in its DistributedDataParallel."""
+    for model in models:
+        for buffer in (*model.buffers, *model.expert_parallel_buffers):
+            yield buffer.grad_data

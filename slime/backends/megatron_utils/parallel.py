@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,17 +13,22 @@ from torch import Tensor
 
 from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.names import ParallelPlace
+from slime.backends.megatron_utils.stages import micro_batch_group
 from slime.config.run import RunConfig
 from slime.training.backend import ParallelLayout
 
 
-def open_groups(cfg: MegatronConfig, run: RunConfig) -> ParallelLayout:
-    """Make Megatron's process groups on the world of `torch.distributed`; those of an earlier model go."""
+def open_groups(cfg: MegatronConfig, run: RunConfig, *, num_virtual: int = 1) -> ParallelLayout:
+    """Make Megatron's process groups on the world of `torch.distributed`; those of an earlier model go.
+
+    num_virtual: stages of each pipeline rank.
+    """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=cfg.tensor_model_parallel_size,
         pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_virtual if num_virtual > 1 else None,
         context_parallel_size=run.context_parallel_size,
         expert_model_parallel_size=cfg.expert_model_parallel_size,
         expert_tensor_parallel_size=cfg.expert_tensor_parallel_size or cfg.tensor_model_parallel_size,
@@ -35,11 +41,12 @@ def open_groups(cfg: MegatronConfig, run: RunConfig) -> ParallelLayout:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         context_size=run.context_parallel_size,
+        micro_batches_multiple_of=micro_batch_group(cfg, num_virtual),
     )
 
 
-def place_of(layers: list[int], padded_vocab_size: int) -> ParallelPlace:
-    """Where a model chunk of this rank stands."""
+def place_of(layers: Sequence[int], padded_vocab_size: int) -> ParallelPlace:
+    """Where the layers that this rank names stand."""
     return ParallelPlace(
         layers=layers,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.model_arguments import gpt_model_options, transformer_config_fields
 from slime.backends.megatron_utils.names import ModelShape
+from slime.backends.megatron_utils.stages import num_virtual_stages
 from slime.config import OptimizerConfig
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ def transformer_config(
         "apply_rope_fusion": transformer_engine and not shape.rotary_interleaved,
     }
     further = _further(cfg, TransformerConfig)
-    return TransformerConfig(**fields | transformer_config_fields(shape) | _parallel(cfg) | _settings(cfg) | further)
+    return TransformerConfig(
+        **fields | transformer_config_fields(shape) | _parallel(cfg, shape) | _settings(cfg) | further
+    )
 
 
 def _has_compiler() -> bool:
@@ -60,11 +63,18 @@ def _has_compiler() -> bool:
     return any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
-def _parallel(cfg: MegatronConfig) -> dict[str, Any]:
+def _parallel(cfg: MegatronConfig, shape: ModelShape) -> dict[str, Any]:
     tensor = cfg.tensor_model_parallel_size
+    num_virtual = num_virtual_stages(cfg, shape.num_layers)
     return {
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": cfg.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": num_virtual if num_virtual > 1 else None,
+        # Of virtual stages two ranks exchange activations and gradients at once: sent together they would be mixed up.
+        "overlap_p2p_comm": num_virtual > 1,
+        "batch_p2p_comm": num_virtual == 1,
+        "num_layers_in_first_pipeline_stage": cfg.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": cfg.decoder_last_pipeline_num_layers,
         "expert_model_parallel_size": cfg.expert_model_parallel_size,
         "expert_tensor_parallel_size": cfg.expert_tensor_parallel_size or tensor,
         "sequence_parallel": cfg.sequence_parallel,

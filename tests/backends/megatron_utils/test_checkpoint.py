@@ -11,6 +11,7 @@ import torch.distributed as dist
 from helpers.megatron_cpu import megatron_on_cpu
 from helpers.megatron_training import STEADY, make_megatron
 from helpers.model_families import edit_weights, write_tiny_model
+from helpers.tiny_models import make_tiny_model
 from helpers.training import full_weights, make_recipe, random_batch, run_ranks, settings_for
 from transformers import AutoModelForCausalLM
 
@@ -18,10 +19,12 @@ from slime.backends.megatron_utils.names import HFDirectory
 
 Weights = dict[str, torch.Tensor]
 DISTRIBUTED = {"use_distributed_optimizer": True}
+MOVING_REFERENCE: dict[str, Any] = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 1}
 OPTIMIZERS: list[dict[str, Any]] = [{}, DISTRIBUTED]
 LAYOUTS: list[dict[str, Any]] = [
     {"tensor_model_parallel_size": 2, "sequence_parallel": True, **DISTRIBUTED},
     {"pipeline_model_parallel_size": 2, **DISTRIBUTED},
+    {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2, **DISTRIBUTED},
     DISTRIBUTED,
 ]
 
@@ -73,11 +76,10 @@ def test_where_weights_come_from(model: Path, other_model: Path, tmp_path: Path)
 
 
 def test_a_reference_that_moved_is_kept(model: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 1}
-    whole = trained(model, tmp_path / "whole", [0, 1], **settings)
-    trained(model, tmp_path / "parts", [0], **settings)
+    whole = trained(model, tmp_path / "whole", [0, 1], **MOVING_REFERENCE)
+    trained(model, tmp_path / "parts", [0], **MOVING_REFERENCE)
     load = str(tmp_path / "parts")
-    assert equal(trained(model, tmp_path / "parts", [1], first=1, load=load, **settings), whole)
+    assert equal(trained(model, tmp_path / "parts", [1], first=1, load=load, **MOVING_REFERENCE), whole)
 
 
 def test_a_directory_for_transformers_is_written_with_each_save(model: Path, tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_layers_for_multi_token_prediction_are_in_what_is_written_for_transforme
 def load_and_save_by_two(model: Path, work: Path) -> None:
     with megatron_on_cpu():
         for number, parallel in enumerate(LAYOUTS):
-            settings = {"load": str(work / "one"), "first": 1, "parallel": parallel}
+            settings = {"load": str(work / "one"), "first": 1, "parallel": parallel, **MOVING_REFERENCE}
             read = trained(model, work / f"two_{number}", [], **settings)
             written = trained(model, work / f"two_{number}", [1], **settings)
             if dist.get_rank() == 0:
@@ -106,9 +108,10 @@ def load_and_save_by_two(model: Path, work: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_read_at_another_parallelism(model: Path, tmp_path: Path) -> None:
-    one = trained(model, tmp_path / "one", [0], parallel=DISTRIBUTED)
-    load = {"load": str(tmp_path / "one"), "parallel": DISTRIBUTED}
+def test_a_checkpoint_is_read_at_another_parallelism(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", num_hidden_layers=4)
+    one = trained(model, tmp_path / "one", [0], parallel=DISTRIBUTED, **MOVING_REFERENCE)
+    load: dict[str, Any] = {"load": str(tmp_path / "one"), "parallel": DISTRIBUTED, **MOVING_REFERENCE}
     next_of_one = trained(model, tmp_path / "next", [1], first=1, **load)
     run_ranks(load_and_save_by_two, 2, model, tmp_path, store=tmp_path / "store")
     for number in range(len(LAYOUTS)):

@@ -39,7 +39,6 @@ def test_a_flag_that_this_megatron_lacks_is_refused(model: Path) -> None:
         ({"ckpt_format": "torch"}, "--ckpt-format torch"),
         ({"async_save": True, "save": "x"}, "--async-save"),
         ({"fp16": True}, "--fp16"),
-        ({"megatron_args": {"num_virtual_stages_per_pipeline_rank": 2}}, "virtual pipeline stages"),
         ({"advantage_estimator": "ppo", "critic_num_gpus_per_node": 3, "tensor_model_parallel_size": 2}, "The 3 ranks"),
         ({"moe_grouped_gemm": True}, "needs Transformer Engine"),
         ({"device": "cpu"}, "Megatron trains on GPUs"),

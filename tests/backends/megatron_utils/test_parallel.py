@@ -23,7 +23,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "distributed_optimizer": {"use_distributed_optimizer": True},
     "tensor": {"tensor_model_parallel_size": 2},
     "sequence": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "overlap": {"use_distributed_optimizer": True, "overlap_grad_reduce": True},
     "pipeline": {"pipeline_model_parallel_size": 2},
+    "uneven_pipeline": {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1},
+    "virtual_stages": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
     "context": {"context_parallel_size": 2},
 }
 
@@ -48,7 +51,7 @@ def run_one(layout: str, parallel: dict[str, Any], model: Path, work: Path) -> N
         torch.save(tuple(run), work / f"{layout}.pt")
 
 
-CRITICS = ("sequence", "pipeline", "context")
+CRITICS = ("sequence", "pipeline", "virtual_stages", "context")
 
 
 def run_critic(layout: str, model: Path, work: Path) -> None:

@@ -14,10 +14,11 @@
     hf_tensors(mapped, shards)                             # [(hf name, full tensor)]; shards: mapped.num_shards many,
                                                            # those of all tp ranks in order (experts: of the etp ranks)
 
-`place.layers` are the global numbers (from 0) of the decoder layers of one model chunk, in order; with virtual stages
-each chunk has its own place. Names may be those of the local spec (`input_layernorm.weight`) or of Transformer Engine's
-(`self_attention.linear_qkv.layer_norm_weight`), experts sequential (`local_experts.3.linear_fc1.weight`) or grouped
-(`experts.linear_fc1.weight3`), with or without `module.` in front. Use `state_dict()`, not `named_parameters()`: the
+`place.layers` are the global numbers (from 0) of the decoder layers of one model chunk, in order; the backend names a
+layer by its global number, in a place of all layers. Names may be those of the local spec (`input_layernorm.weight`)
+or of Transformer Engine's (`self_attention.linear_qkv.layer_norm_weight`), experts sequential
+(`local_experts.3.linear_fc1.weight`) or grouped (`experts.linear_fc1.weight3`), with or without `module.` in front.
+Use `state_dict()`, not `named_parameters()`: the
 router's `expert_bias` is a buffer. A second copy of tied weights (`output_layer.weight` of the last stage) is loaded
 from the embedding, and `hf_tensors` returns [] for it. Of a parameter that is not sharded `hf_tensors` returns the
 tensor itself, not a copy. `passed_through_tensors` are what `--save-hf` adds: layers for multi-token prediction.
