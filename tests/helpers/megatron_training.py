@@ -26,11 +26,15 @@ class Run(NamedTuple):
 
 
 def make_megatron(args: Args, *, role: Literal["actor", "critic"] = "actor", **parallel: Any) -> TrainBackend:
-    """This rank's backend in float32, not yet loaded. parallel: fields of MegatronConfig, and the context's size."""
+    """This rank's backend in float32, not yet loaded.
+
+    parallel: fields of MegatronConfig, the context's size, and whether layers are compiled (torch_compile).
+    """
     from slime.backends.megatron_utils.backend import MegatronBackend
 
     args = dataclasses.replace(args, context_parallel_size=parallel.pop("context_parallel_size", 1))
-    return MegatronBackend(args, MegatronConfig(**parallel), torch.device("cpu"), dtype=torch.float32, role=role)
+    options: dict[str, Any] = {"dtype": torch.float32, "torch_compile": parallel.pop("torch_compile", False)}
+    return MegatronBackend(args, MegatronConfig(**parallel), torch.device("cpu"), role=role, **options)
 
 
 def two_critic_rollouts(backend: TrainBackend, args: Args) -> tuple[list[dict[str, float]], list[torch.Tensor]]:

@@ -30,7 +30,7 @@ class FSDPConfig(Group):
     gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass.")
     torch_compile: bool | None = arg(
         None,
-        "Compile each layer with torch.compile; the first step takes some 15 s more (default: on GPUs).",
+        "Compile each layer with torch.compile; the first step takes some 15 s more (default: on GPUs, with FSDP).",
     )
     bf16: bool | None = arg(None, "Compute in bfloat16, weights in float32 (default: on GPUs).")
     fp16: bool = arg(

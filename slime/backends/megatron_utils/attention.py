@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from slime.backends.megatron_utils.packing import Packing, Segment
+from slime.backends.megatron_utils.rotary import rotate
 
 
 class PackedAttention(MegatronModule):
@@ -45,6 +46,8 @@ class PackedAttention(MegatronModule):
         """query: [n, H, D]; key, value: [n, K, D]. Returns [n, H * D]."""
         packing = options["packed_seq_params"]
         assert isinstance(packing, Packing), "attention of sequences that are not packed"
+        if packing.rotation is not None and not options.get("is_rotated"):
+            query, key = rotate(query, packing.rotation), rotate(key, packing.rotation)
         if packing.key_index is not None:
             key, value = (self._keys(tensor, packing.key_index) for tensor in (key, value))
         dropout = self.dropout if self.training else 0.0

@@ -17,11 +17,13 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from slime.backends.megatron_utils import checkpoint, sources, transformer
 from slime.backends.megatron_utils.arguments import MegatronConfig
+from slime.backends.megatron_utils.compiled_layer import can_compile
 from slime.backends.megatron_utils.folders import Meta, read_meta
 from slime.backends.megatron_utils.gather import gathered_tensors
 from slime.backends.megatron_utils.head import TokenHead, ValueHead
@@ -43,6 +45,7 @@ from slime.backends.megatron_utils.parallel import (
     over_context,
     tensor_from_last_stage,
 )
+from slime.backends.megatron_utils.rotary import rotation_of
 from slime.backends.megatron_utils.sources import Source
 from slime.backends.megatron_utils.stages import num_virtual_stages
 from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
@@ -80,9 +83,13 @@ class MegatronBackend:
         *,
         dtype: torch.dtype,
         transformer_engine: bool = False,
+        torch_compile: bool = False,
         role: Role = "actor",
     ) -> None:
-        """dtype: of weights and computation; optimizer state is float32. role: a critic's `run` is `critic_run`."""
+        """dtype: of weights and computation; optimizer state is float32. role: a critic's `run` is `critic_run`.
+
+        torch_compile: of layers, where they are such as can be.
+        """
         self.role: Role = role
         self.run = run
         self.cfg = cfg
@@ -104,6 +111,7 @@ class MegatronBackend:
             device=device,
             transformer_engine=transformer_engine,
         )
+        self.is_compiled = torch_compile and self._can_compile()
         self.host_weights: dict[ModelTag, Weights] = {}
         self.moved: set[ModelTag] = set()  # of those, what moved since it was loaded: a checkpoint holds it too
         self.host_copy = HostCopy()
@@ -115,6 +123,13 @@ class MegatronBackend:
         named = AutoConfig.from_pretrained(self.run.hf_checkpoint, trust_remote_code=self.run.trust_remote_code).dtype
         return named if isinstance(named, torch.dtype) else torch.float32
 
+    def _can_compile(self) -> bool:
+        is_plain = not (self.transformer_engine or self.shape.sandwich_norms)
+        is_compiled = is_plain and can_compile(self.config, transformer.ddp_config(self.cfg))
+        if not is_compiled:
+            logger.warning("--torch-compile has no effect: see docs/megatron.md for the layers that are compiled")
+        return is_compiled
+
     # --- life-cycle
 
     def load(self) -> int:
@@ -123,6 +138,7 @@ class MegatronBackend:
             self.shape,
             transformer.model_options(self.shape, self.cfg, is_critic=self.role == "critic"),
             transformer_engine=self.transformer_engine,
+            compiled=self.is_compiled,
             device=self.device,
         )
         self.head = self._head() if is_last_stage() else None
@@ -312,6 +328,7 @@ class MegatronBackend:
     ) -> tuple[Tensor, Callable[..., Any]]:
         """One micro-batch through this stage, as a schedule calls it."""
         inputs = next(iterator)
+        inputs.packing.rotation = rotation_of(unwrap_model(model), inputs.position_ids[0], inputs.packing.max_seqlen_q)
         head = self.head if model is self.chunk.wrapped[-1] else None
         if head is not None:
             head.wanted = (inputs, wants)

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from slime.backends.megatron_utils.attention import PackedAttention
+from slime.backends.megatron_utils.compiled_layer import CompiledLayer
 from slime.backends.megatron_utils.sandwich_norms import SandwichNormLayer
 
 
@@ -30,9 +31,17 @@ class Norm(torch.nn.RMSNorm):
 
 
 def block_spec(
-    config: TransformerConfig, *, transformer_engine: bool, sandwich_norms: bool = False, vp_stage: int | None = None
+    config: TransformerConfig,
+    *,
+    transformer_engine: bool,
+    sandwich_norms: bool = False,
+    compiled: bool = False,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of one stage; vp_stage: which virtual one. Checkpoints of both kinds have the same names."""
+    """The layers of one stage; vp_stage: which virtual one. Checkpoints of both kinds have the same names.
+
+    compiled: see `can_compile`.
+    """
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=transformer_engine,
@@ -40,7 +49,7 @@ def block_spec(
         vp_stage=vp_stage,
     )
     for layer in block.layer_specs:
-        layer.module = SandwichNormLayer if sandwich_norms else layer.module
+        layer.module = SandwichNormLayer if sandwich_norms else CompiledLayer if compiled else layer.module
         if transformer_engine:
             continue
         parts = layer.submodules

@@ -14,6 +14,7 @@ from torch import Tensor
 from slime.backends.megatron_utils.layers import apply_router_without_transformer_engine, block_spec
 from slime.backends.megatron_utils.names import HFDirectory, ModelShape, ParallelPlace, local_tensor, map_parameter
 from slime.backends.megatron_utils.parallel import place_of
+from slime.backends.megatron_utils.rotary import take_rotation
 
 Weights = dict[str, Tensor]
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
@@ -51,24 +52,32 @@ def build_chunk(
     options: dict[str, Any],
     *,
     transformer_engine: bool,
+    compiled: bool = False,
     device: torch.device,
 ) -> Chunk:
-    """This rank's stages, with random weights. options: `transformer.model_options`."""
+    """This rank's stages, with random weights. options: `transformer.model_options`. compiled: see `can_compile`."""
     apply_router_without_transformer_engine()
     count = config.virtual_pipeline_model_parallel_size
-    lms = [
-        GPTModel(
+    lms = []
+    for stage in [None] if count is None else range(count):
+        spec = block_spec(
             config,
-            block_spec(
-                config, transformer_engine=transformer_engine, sandwich_norms=shape.sandwich_norms, vp_stage=stage
-            ),
+            transformer_engine=transformer_engine,
+            sandwich_norms=shape.sandwich_norms,
+            compiled=compiled,
+            vp_stage=stage,
+        )
+        lm = GPTModel(
+            config,
+            spec,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             vp_stage=stage,
             **options,
         ).to(device)
-        for stage in ([None] if count is None else range(count))
-    ]
+        if not transformer_engine and not config.multi_latent_attention:
+            take_rotation(lm)
+        lms.append(lm)
     return Chunk(lms, place_of(range(shape.num_layers), options["vocab_size"]))
 
 

@@ -15,6 +15,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from slime.backends.megatron_utils.rotary import Rotation
 from slime.data.packed import PackedBatch
 
 
@@ -35,15 +36,17 @@ class Segment(NamedTuple):
 
 @dataclass
 class Packing(PackedSeqParams):
-    """What Megatron hands to every attention layer; segments and key_index are read by slime's own attention.
+    """What Megatron hands to every attention layer; what it has not itself is read by slime's own attention.
 
     key_index: int64, places of the segments' keys among those gathered from all context-parallel ranks.
+    rotation: where attention rotates queries and keys.
     """
 
     segments: list[Segment] = field(default_factory=list)
     key_index: Tensor | None = None
     cu_queries: Tensor | None = None  # int32 [segments + 1], on the device
     cu_keys: Tensor | None = None
+    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True)

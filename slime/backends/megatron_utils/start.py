@@ -27,9 +27,13 @@ def open_backend(
     device: torch.device,
     *,
     bf16: bool | None,
+    torch_compile: bool | None = None,
     role: Literal["actor", "critic"] = "actor",
 ) -> MegatronBackend:
-    """This rank's backend, not yet loaded. run: the actor's. bf16: as --bf16; by default on GPUs."""
+    """This rank's backend, not yet loaded. run: the actor's. bf16: as --bf16; by default on GPUs.
+
+    torch_compile: as --torch-compile; by default not.
+    """
     megatron = find_megatron()
     if cfg.custom_megatron_init_path is not None:
         load_function(cfg.custom_megatron_init_path)(run)
@@ -49,6 +53,7 @@ def open_backend(
         device,
         dtype=torch.bfloat16 if wants_bf16 else torch.float32,
         transformer_engine=uses_transformer_engine(cfg, megatron),
+        torch_compile=bool(torch_compile),
         role=role,
     )
 
