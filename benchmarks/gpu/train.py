@@ -5,7 +5,8 @@
 One micro-batch of 16,384 tokens in sequences of 2,048, all but the first of each a response token; forward, backward,
 clipping and AdamW with float32 master weights and bfloat16 products. The median of `steps` steps after two warm-ups.
 Utilisation counts what the model's formula asks for (no recomputation), against the 989 TFLOP/s of an H100 or H200.
-Weights are random: the time does not depend on them.
+Weights are random: the time does not depend on them. Sleep and wake-up stand beside copies of page-locked memory that
+are measured here.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import gc
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,19 +30,24 @@ from torch import Tensor
 
 from scripts.random_checkpoint import SHAPES, write_checkpoint
 from slime.algorithms.reduce import SequenceSum
-from slime.arguments import parse_args
+from slime.arguments import Args, parse_args
 from slime.backends.fsdp_utils.backend import FSDPBackend
+from slime.backends.megatron_utils.start import open_backend
 from slime.data.batch import batch_from_samples
 from slime.data.packed import PackedBatch, pack_rows
 from slime.observability.flops import training_flops
-from slime.training.backend import LossOutput, TokenOutputs, Wants
+from slime.training.backend import LossOutput, TokenOutputs, TrainBackend, Wants
 from slime.utils.distributed import init_process_group
 from slime.utils.http_utils import find_free_port
 from slime.utils.types import Sample
 
+if TYPE_CHECKING:
+    from slime.backends.megatron_utils.backend import MegatronBackend
+
 PEAK_FLOPS = 989e12
-COPY_BYTES_PER_S = 55e9
+COPY_BYTES = 2**31
 TOKENS, LENGTH = 16_384, 2_048
+SLEEP = ("GiB", "sleep s", "wake s", "pinned GB/s", "share of it", "left GiB")
 VARIANTS = {
     "plain": ["--no-torch-compile"],
     "recompute": ["--no-torch-compile", "--gradient-checkpointing"],
@@ -63,7 +71,7 @@ def main() -> None:
     sleep = Table(title="Sleep and wake-up, the second time")
     add_columns(table, "shape", "variant", "s/step", "tokens/s", "MFU", "peak GiB", "first step s")
     add_columns(memory, "shape", "direction", "chunk", "ms", "peak MB beyond inputs")
-    add_columns(sleep, "shape", "GiB", "sleep s", "wake s", "share of 55 GB/s", "left GiB")
+    add_columns(sleep, "shape", *SLEEP)
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(shape, Path(folder, "model"))
@@ -95,16 +103,28 @@ def add_columns(table: Table, *names: str) -> None:
 
 
 def make_backend(model: Path, device: torch.device, flags: list[str]) -> FSDPBackend:
-    """A loaded backend of one rank."""
-    args = parse_args(
-        f"--train-backend fsdp --hf-checkpoint {model} --prompt-data unread --rollout-batch-size 1 --num-rollout 1 "
-        f"--n-samples-per-prompt 8 --colocate --actor-num-gpus-per-node 1 --use-dynamic-batch-size "
+    """A loaded FSDP backend of one rank."""
+    backend = open_trainer(settings(model, "fsdp", flags), device)
+    backend.load()
+    assert isinstance(backend, FSDPBackend)
+    return backend
+
+
+def settings(model: Path, train_backend: str, flags: list[str]) -> Args:
+    """Those of one rank; flags come last."""
+    return parse_args(
+        f"--train-backend {train_backend} --hf-checkpoint {model} --prompt-data unread --rollout-batch-size 1 "
+        f"--num-rollout 1 --n-samples-per-prompt 8 --colocate --actor-num-gpus-per-node 1 --use-dynamic-batch-size "
         f"--max-tokens-per-gpu {TOKENS} --lr 1e-6".split()
         + flags
     )
-    backend = FSDPBackend(args, args, device)
-    backend.load()
-    return backend
+
+
+def open_trainer(args: Args, device: torch.device) -> TrainBackend:
+    """This rank's backend, not yet loaded."""
+    if args.train_backend == "megatron":
+        return open_backend(args, args, device, bf16=args.bf16, torch_compile=args.torch_compile)
+    return FSDPBackend(args, args, device)
 
 
 def make_batch(vocab_size: int) -> PackedBatch:
@@ -123,8 +143,8 @@ def mean_loss(outputs: TokenOutputs, batch: PackedBatch, sequence_sum: SequenceS
     return LossOutput(-(outputs.log_probs * batch.loss_weights).sum(), {})
 
 
-def measure_steps(backend: FSDPBackend, config: dict[str, object], steps: int) -> list[str]:
-    """A row of the table of training."""
+def measure_steps(backend: TrainBackend, config: dict[str, object], steps: int) -> list[str]:
+    """A row of the table of training: utilisation of all GPUs, peak of this rank's."""
     batch = make_batch(int(str(config["vocab_size"])))
     seconds = []
     torch.cuda.reset_peak_memory_stats()
@@ -138,7 +158,8 @@ def measure_steps(backend: FSDPBackend, config: dict[str, object], steps: int) -
     assert flops is not None
     step_s = median(seconds[2:])
     peak = torch.cuda.max_memory_allocated() / 2**30
-    numbers = [f"{step_s:.3f}", f"{TOKENS / step_s:,.0f}", f"{flops / step_s / PEAK_FLOPS:.2f}", f"{peak:.0f}"]
+    share = flops / step_s / PEAK_FLOPS / backend.layout.world_size
+    numbers = [f"{step_s:.3f}", f"{TOKENS / step_s:,.0f}", f"{share:.3f}", f"{peak:.0f}"]
     return [*numbers, f"{seconds[0]:.0f}"]
 
 
@@ -158,42 +179,71 @@ def measure_log_probs(backend: FSDPBackend) -> list[list[str]]:
             with torch.no_grad():
                 return target_log_probs(hidden, head, targets, rule, entropy=False)[0]
 
-        def both(rule: LogitRule = rule) -> None:
-            head.weight.grad = hidden.grad = None
-            target_log_probs(hidden, head, targets, rule, entropy=False)[0].sum().backward()
+        def both(rule: LogitRule = rule) -> tuple[Tensor, ...]:
+            total = target_log_probs(hidden, head, targets, rule, entropy=False)[0].sum()
+            return torch.autograd.grad(total, (hidden, head.weight))
 
         gradients = (head.weight.numel() + hidden.numel()) * 2
         for name, call, known in (("forward", forward, 0), ("and backward", both, gradients)):
-            milliseconds = []
-            for _ in range(4):
-                head.weight.grad = hidden.grad = None
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before, start = torch.cuda.memory_allocated(), time.perf_counter()
-                call()
-                torch.cuda.synchronize()
-                milliseconds.append(1e3 * (time.perf_counter() - start))
-            peak = torch.cuda.max_memory_allocated() - before - known
-            rows.append([name, str(chunk), f"{median(milliseconds[1:]):.1f}", f"{peak / 1e6:.0f}"])
+            rows.append([name, str(chunk), *time_and_peak(call, known)])
     return rows
 
 
-def measure_sleep(backend: FSDPBackend) -> list[str]:
+def time_and_peak(call: Callable[[], object], known: int = 0) -> list[str]:
+    """Milliseconds of a call, median of three after the first, and MB at its peak beyond `known` bytes of results.
+
+    What the call returns is given up before the next.
+    """
+    milliseconds = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        result = call()
+        torch.cuda.synchronize()
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+        del result
+    peak = torch.cuda.max_memory_allocated() - before - known
+    return [f"{median(milliseconds[1:]):.1f}", f"{peak / 1e6:.0f}"]
+
+
+def measure_sleep(backend: FSDPBackend | MegatronBackend) -> list[str]:
     """A row of the table of sleep; the first time, when the host's memory is page-locked, is not shown."""
+    down, up = pinned_bytes_per_s()
     for _ in range(2):
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
-        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        start = time.perf_counter()
         backend.sleep()
         asleep = time.perf_counter()
         left = torch.cuda.memory_allocated()
+        moved = sum(len(host) for _, host in backend.host_copy._stored)
+        woken = time.perf_counter()
         backend.wake_up()
         awake = time.perf_counter()
-    moved = before - left
-    shares = [moved / seconds / COPY_BYTES_PER_S for seconds in (asleep - start, awake - asleep)]
-    times = [f"{moved / 2**30:.1f}", f"{asleep - start:.2f}", f"{awake - asleep:.2f}"]
+    seconds = asleep - start, awake - woken
+    shares = [moved / took / speed for took, speed in zip(seconds, (down, up), strict=True)]
+    times = [f"{moved / 2**30:.1f}", *(f"{took:.2f}" for took in seconds), f"{down / 1e9:.0f} / {up / 1e9:.0f}"]
     return [*times, " / ".join(f"{share:.2f}" for share in shares), f"{left / 2**30:.2f}"]
+
+
+def pinned_bytes_per_s() -> tuple[float, float]:
+    """Copies of one block from the GPU to page-locked memory, and back; median of five."""
+    host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
+
+    def speed(target: Tensor, source: Tensor) -> float:
+        seconds = []
+        for _ in range(6):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return COPY_BYTES / median(seconds[1:])
+
+    return speed(host, there), speed(there, host)
 
 
 if __name__ == "__main__":
