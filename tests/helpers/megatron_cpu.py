@@ -43,6 +43,7 @@ def megatron_on_cpu() -> Iterator[None]:
         _redirect_tensors(patch)
         _redirect_cuda(patch)
         _redirect_barrier(patch)
+        _redirect_uneven_collectives(patch)
         _redirect_megatron(patch)
         yield
 
@@ -181,6 +182,32 @@ def _redirect_barrier(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(dist, "barrier", barrier)
     patch.setattr(dist.distributed_c10d, "barrier", barrier)
+
+
+def _redirect_uneven_collectives(patch: pytest.MonkeyPatch) -> None:
+    """gloo wants parts of one size; NCCL does not, and tokens of experts that ranks share are not."""
+    all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+    def gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if len({part.shape for part in parts}) == 1:
+            return all_gather(parts, tensor, group=group, async_op=async_op)
+        for rank, part in enumerate(parts):
+            if rank == dist.get_rank(group):
+                part.copy_(tensor)
+            if part.numel():
+                dist.broadcast(part, group=group, group_src=rank)
+        return None
+
+    def scatter(output: torch.Tensor, parts: list[torch.Tensor], *args: Any, group: Any = None, **options: Any) -> Any:
+        if len({part.shape for part in parts}) == 1:
+            return reduce_scatter(output, parts, *args, group=group, **options)
+        whole = torch.cat(parts)
+        dist.all_reduce(whole, *args, group=group)
+        output.copy_(whole.split([len(part) for part in parts])[dist.get_rank(group)])
+        return None
+
+    patch.setattr(dist, "all_gather", gather)
+    patch.setattr(dist, "reduce_scatter", scatter)
 
 
 def _redirect_megatron(patch: pytest.MonkeyPatch) -> None:

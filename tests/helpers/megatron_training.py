@@ -1,4 +1,4 @@
-"""One rank's Megatron backend on the CPU, and runs of it that are compared. Import inside `megatron_on_cpu`."""
+"""One rank's Megatron backend, and runs of it that are compared. Without a GPU: inside `megatron_on_cpu`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pytest
 import torch
-from helpers.training import full_weights, make_recipe, random_batch
+import torch.distributed as dist
+from helpers.training import full_weights, make_backend, make_recipe, random_batch, settings_for
 
 from slime.arguments import Args
 from slime.backends.megatron_utils.arguments import MegatronConfig
@@ -16,6 +18,7 @@ from slime.training.backend import TrainBackend
 from slime.training.critic import CriticRecipe
 
 STEADY = {"adam_eps": 1e-4, "lr": 1e-3}  # Adam divides by the root of squares: tiny gradients would amplify rounding
+DYNAMIC = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 40, "num_steps_per_rollout": 2}
 
 
 class Run(NamedTuple):
@@ -25,7 +28,34 @@ class Run(NamedTuple):
     weights: dict[str, torch.Tensor]
 
 
-def make_megatron(args: Args, *, role: Literal["actor", "critic"] = "actor", **parallel: Any) -> TrainBackend:
+def save_run(
+    name: str, model: Path, folder: Path, parallel: dict[str, Any] | None, *, device: Literal["cpu", "cuda"] = "cpu"
+) -> None:
+    """Train `model` on all ranks of the world, with Megatron as `parallel` says or with FSDP; rank 0 writes the Run."""
+    args = settings_for(model, bf16=False, torch_compile=False, **STEADY | DYNAMIC)
+    backend = make_backend(args, device) if parallel is None else make_megatron(args, device=device, **parallel)
+    backend.load()
+    run = two_rollouts(backend, args, folder)
+    if dist.get_rank() == 0:
+        weights = {tensor_name: tensor.cpu() for tensor_name, tensor in run.weights.items()}
+        torch.save((run.metrics, weights), folder / f"{name}.pt")
+
+
+def assert_equal_runs(ours: Path, theirs: Path, *, tolerance: float = 1e-5) -> None:
+    """Metrics and weights of two runs that `save_run` wrote."""
+    run, expected = (Run(*torch.load(path)) for path in (ours, theirs))
+    for metrics, other in zip(run.metrics, expected.metrics, strict=True):
+        assert metrics == pytest.approx(other, abs=tolerance, rel=tolerance)
+    assert run.weights.keys() == expected.weights.keys()
+    for name, tensor in run.weights.items():
+        torch.testing.assert_close(
+            tensor, expected.weights[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def make_megatron(
+    args: Args, *, role: Literal["actor", "critic"] = "actor", device: str = "cpu", **parallel: Any
+) -> TrainBackend:
     """This rank's backend in float32, not yet loaded.
 
     parallel: fields of MegatronConfig, the context's size, and whether layers are compiled (torch_compile).
@@ -33,8 +63,9 @@ def make_megatron(args: Args, *, role: Literal["actor", "critic"] = "actor", **p
     from slime.backends.megatron_utils.backend import MegatronBackend
 
     args = dataclasses.replace(args, context_parallel_size=parallel.pop("context_parallel_size", 1))
+    place = torch.device("cpu") if device == "cpu" else torch.device(device, dist.get_rank())
     options: dict[str, Any] = {"dtype": torch.float32, "torch_compile": parallel.pop("torch_compile", False)}
-    return MegatronBackend(args, MegatronConfig(**parallel), torch.device("cpu"), role=role, **options)
+    return MegatronBackend(args, MegatronConfig(**parallel), place, role=role, **options)
 
 
 def two_critic_rollouts(backend: TrainBackend, args: Args) -> tuple[list[dict[str, float]], list[torch.Tensor]]:

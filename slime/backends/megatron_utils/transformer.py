@@ -19,9 +19,12 @@ from slime.backends.megatron_utils.model_arguments import gpt_model_options, tra
 from slime.backends.megatron_utils.names import ModelShape
 from slime.backends.megatron_utils.stages import num_virtual_stages
 from slime.config import OptimizerConfig
+from slime.config.base import ConfigError
 
 logger = logging.getLogger(__name__)
 
+# Weights are gathered when a step ends, since they are read then, and not while the next forward runs.
+_LATE_GATHERING = frozenset({"overlap_param_gather", "overlap_param_gather_with_optimizer_step"})
 LONGEST = 2**31  # positions: rotary embeddings are made for the sequences that come
 
 
@@ -65,6 +68,8 @@ def _has_compiler() -> bool:
 
 def _parallel(cfg: MegatronConfig, shape: ModelShape) -> dict[str, Any]:
     tensor = cfg.tensor_model_parallel_size
+    if shape.moe is not None and tensor > 1 and not cfg.sequence_parallel:
+        raise ConfigError("Experts with --tensor-model-parallel-size above 1 need --sequence-parallel.")
     num_virtual = num_virtual_stages(cfg, shape.num_layers)
     return {
         "tensor_model_parallel_size": tensor,
@@ -131,13 +136,15 @@ def warn_of_settings_without_effect(cfg: MegatronConfig) -> None:
     """Of --megatron-args and of Megatron's own flags: those of parts of Megatron that slime does not use."""
     kinds: tuple[Any, ...] = (TransformerConfig, MegatronOptimizerConfig, DistributedDataParallelConfig)
     known = {item.name for kind in kinds for item in dataclasses.fields(kind)}
+    for name in sorted(cfg.megatron_args.keys() & _LATE_GATHERING):
+        logger.warning("%s has no effect: weights are read when a step ends", name)
     for name in sorted(cfg.megatron_args.keys() - known):
         logger.warning("%s has no effect: it is no setting of Megatron's model, optimizer or data parallelism", name)
 
 
 def _further(cfg: MegatronConfig, kind: Any) -> dict[str, Any]:
-    """Those of --megatron-args that this configuration has."""
-    names = {item.name for item in dataclasses.fields(kind)}
+    """Those of --megatron-args that this configuration has and that have an effect."""
+    names = {item.name for item in dataclasses.fields(kind)} - _LATE_GATHERING
     return {name: value for name, value in cfg.megatron_args.items() if name in names}
 
 

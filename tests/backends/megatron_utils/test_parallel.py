@@ -9,15 +9,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.megatron_cpu import megatron_on_cpu
-from helpers.megatron_training import STEADY, Run, make_megatron, two_critic_rollouts, two_rollouts
+from helpers.megatron_training import (
+    DYNAMIC,
+    STEADY,
+    assert_equal_runs,
+    make_megatron,
+    save_run,
+    two_critic_rollouts,
+)
 from helpers.tiny_models import make_tiny_model
-from helpers.training import make_backend, run_ranks, settings_for
+from helpers.training import run_ranks, settings_for
 
 from slime.backends.fsdp_utils.backend import FSDPBackend
 
 pytestmark = pytest.mark.slow
 
-DYNAMIC = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 40, "num_steps_per_rollout": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {},
     "distributed_optimizer": {"use_distributed_optimizer": True},
@@ -42,15 +48,6 @@ MOE_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_one(layout: str, parallel: dict[str, Any], model: Path, work: Path) -> None:
-    args = settings_for(model, **STEADY | DYNAMIC)
-    backend = make_megatron(args, **parallel)
-    backend.load()
-    run = two_rollouts(backend, args, work)
-    if dist.get_rank() == 0:
-        torch.save(tuple(run), work / f"{layout}.pt")
-
-
 CRITICS = ("sequence", "pipeline", "virtual_stages", "context")
 
 
@@ -66,18 +63,11 @@ def run_critic(layout: str, model: Path, work: Path) -> None:
 def two_ranks_body(model: Path, moe: Path, work: Path) -> None:
     with megatron_on_cpu():
         for layout, parallel in LAYOUTS.items():
-            run_one(layout, parallel, model, work)
+            save_run(layout, model, work, parallel)
         for layout, parallel in MOE_LAYOUTS.items():
-            run_one(layout, parallel, moe, work)
+            save_run(layout, moe, work, parallel)
         for layout in CRITICS:
             run_critic(layout, model, work)
-
-
-def run_fsdp(name: str, model: Path, work: Path) -> None:
-    args = settings_for(model, **STEADY | DYNAMIC)
-    fsdp = make_backend(args)
-    fsdp.load()
-    torch.save(tuple(two_rollouts(fsdp, args, work)), work / f"{name}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +75,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("runs")
     model = make_tiny_model(work / "model", num_hidden_layers=4, vocab_size=321)  # two ranks pad the vocabulary
     moe = make_tiny_model(work / "moe", "qwen3_moe")
-    run_fsdp("fsdp", model, work)
-    run_fsdp("fsdp_moe", moe, work)
+    save_run("fsdp", model, work, None)
+    save_run("fsdp_moe", moe, work, None)
     args = settings_for(model, advantage_estimator="ppo", **STEADY | DYNAMIC)
     critic = FSDPBackend(args, args, torch.device("cpu"), role="critic")
     critic.load()
@@ -98,12 +88,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", [*LAYOUTS, *MOE_LAYOUTS])
 def test_two_ranks_of_megatron_train_as_one_of_fsdp(layout: str, runs: Path) -> None:
     reference = "fsdp_moe" if layout in MOE_LAYOUTS else "fsdp"
-    theirs, ours = (Run(*torch.load(runs / f"{name}.pt")) for name in (reference, layout))
-    for expected, metrics in zip(theirs.metrics, ours.metrics, strict=True):
-        assert metrics == pytest.approx(expected, abs=1e-5, rel=1e-5)
-    assert ours.weights.keys() == theirs.weights.keys()
-    for name, tensor in ours.weights.items():
-        torch.testing.assert_close(tensor, theirs.weights[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert_equal_runs(runs / f"{layout}.pt", runs / f"{reference}.pt")
 
 
 @pytest.mark.parametrize("layout", CRITICS)
