@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -66,6 +67,8 @@ def _rank(
     dist.init_process_group(backend, store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
     body(*args)
     dist.barrier()
+    for child in multiprocessing.active_children():  # of Megatron, for results of saves: it would outlive the rank
+        child.kill()
     sys.stderr.flush()
     os._exit(0)  # without closing gloo's sockets: two ends that close at once can abort a process
 

@@ -21,6 +21,7 @@ CONTEXT = {"context_parallel_size": 2}
 EXPERTS = {"expert_model_parallel_size": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAP = {**DISTRIBUTED, "overlap_grad_reduce": True}
+EMPTY = {"megatron_args": {"microbatch_group_size_per_vp_stage": 5}}  # of 5 micro-batches one at least has no samples
 
 # By the model that is trained; of `tied` the first and the last stage share a matrix.
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -40,7 +41,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
             "decoder_last_pipeline_num_layers": 3,
         },
         "long_virtual_stages": {"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 1},
-        "uneven_virtual_stages": {**VIRTUAL, **TENSOR, "decoder_last_pipeline_num_layers": 2},
+        "uneven_virtual_stages": {**VIRTUAL, **TENSOR, **EMPTY, "decoder_last_pipeline_num_layers": 2},
         "given_layout": {
             **PIPELINE,
             **DISTRIBUTED,
@@ -52,7 +53,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "sequence_and_experts": {**SEQUENCE, **EXPERTS, **DISTRIBUTED, "expert_tensor_parallel_size": 1},
         "pipeline_and_experts": {**PIPELINE, **EXPERTS},
         "context_and_experts": {**CONTEXT, **EXPERTS},
-        "virtual_stages_and_experts": {**VIRTUAL, **EXPERTS, **DISTRIBUTED},
+        "virtual_stages_and_experts": {**VIRTUAL, **EXPERTS, **DISTRIBUTED, **EMPTY},
         "sequence_context_and_experts": {
             **SEQUENCE,
             **CONTEXT,
