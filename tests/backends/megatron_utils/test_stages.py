@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from slime.arguments import parse_args
 from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.stages import micro_batch_group, num_virtual_stages
 from slime.config.base import ConfigError
@@ -109,3 +111,10 @@ def test_virtual_stages_want_whole_groups_of_micro_batches() -> None:
     assert micro_batch_group(cfg, 2) == 4
     wider = MegatronConfig(pipeline_model_parallel_size=4, megatron_args={"microbatch_group_size_per_vp_stage": 6})
     assert micro_batch_group(wider, 2) == 6
+
+
+def test_a_run_is_refused_at_its_start(model: Path) -> None:
+    flags = "--train-backend megatron --device cpu --custom-megatron-init-path a.b --prompt-data unread --num-rollout 1"
+    flags += f" --hf-checkpoint {model} --actor-num-gpus-per-node 4 --pipeline-model-parallel-size 4 --colocate"
+    with pytest.raises(ConfigError, match="2 layers cannot be shared among --pipeline-model-parallel-size 4"):
+        parse_args([*flags.split(), "--rollout-batch-size", "4", "--n-samples-per-prompt", "2"])
