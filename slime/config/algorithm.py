@@ -98,6 +98,12 @@ class AlgorithmConfig(Group):
     tis_veto: float | None = arg(None, "Reject a sequence that has a token of a ratio below this.")
     custom_tis_function_path: str | None = arg(None, "Replaces these weights; see docs/algorithms.md.")
     get_mismatch_metrics: bool = arg(True, "Report how far the trainer's log-probs are from the engine's.")
+    use_routing_replay: bool = arg(
+        False, "Mixtures of experts: update the policy with the experts that its old log-probs were computed with."
+    )
+    use_rollout_routing_replay: bool = arg(
+        False, "Compute log-probs and update with the experts that the engine sampled with (R3)."
+    )
     use_opd: bool = arg(False, "Subtract the KL to a teacher from the advantages of any estimator.")
     opd_kl_coef: float = arg(1.0, "Weight of that KL.")
     opd_type: Literal["sglang", "megatron"] | None = arg(

@@ -28,8 +28,8 @@ def _per_sample() -> Any:
     return field(metadata={"axis": "sample"})
 
 
-def _per_token() -> Any:
-    return field(metadata={"axis": "token"})
+def _per_token(**kw: Any) -> Any:
+    return field(metadata={"axis": "token"}, **kw)
 
 
 def _per_response_token(**kw: Any) -> Any:
@@ -48,6 +48,7 @@ class TrainBatch:
     teacher_log_probs: Array | None = _per_response_token(default=None)  # float32, as a teacher's engine reported them
     values: Array | None = _per_response_token(default=None)  # float32, the critic's
     kl: Array | None = _per_response_token(default=None)  # float32, KL(policy || reference), for the critic
+    routed_experts: Array | None = _per_token(default=None)  # int16 [tokens, layers, K], the engine's; -1: not known
     rewards: Array = _per_sample()  # float32 [S]
     group_ids: Array = _per_sample()  # int64 [S], the samples of one prompt share one
     rollout_ids: Array = _per_sample()  # int64 [S], siblings that one generate call fanned out share one
@@ -87,7 +88,8 @@ def batch_from_samples(
     """Lay samples end to end. Raises ValueError, naming the sample, where its lengths contradict each other or its
     reward is not finite.
 
-    rewards: one number a sample. Log-probs of engine and teacher are kept where every sample has them.
+    rewards: one number a sample. Log-probs of engine and teacher are kept where every sample has them, experts where
+    every sample that is trained on has them.
     """
     if not samples:
         raise ValueError("the rollout returned no samples to train on")
@@ -108,6 +110,7 @@ def batch_from_samples(
         loss_mask=_flat((_mask(sample) for sample in samples), np.float32),
         rollout_log_probs=_where_all([sample.rollout_log_probs for sample in samples]),
         teacher_log_probs=_where_all([sample.teacher_log_probs for sample in samples]),
+        routed_experts=_routed_experts(samples),
         rewards=rewards_S,
         group_ids=np.array([_group_id(sample) for sample in samples], dtype=np.int64),
         rollout_ids=_rollout_ids(samples),
@@ -132,6 +135,33 @@ def _where_all(values: list[list[float] | None]) -> Array | None:
     """One value a response token, where every sample has them."""
     given = [entry for entry in values if entry is not None]
     return _flat(given, np.float32) if len(given) == len(values) else None
+
+
+def _routed_experts(samples: Sequence[Sample]) -> Array | None:
+    """[tokens, layers, K], -1 where a sample has none; None where some token that is trained on has none."""
+    given = [sample.rollout_routed_experts for sample in samples if sample.rollout_routed_experts is not None]
+    if not given or any(_num_routed(sample) < _num_to_route(sample) for sample in samples):
+        return None
+    sizes = {experts.shape[1:] for experts in given}
+    if len(sizes) > 1:
+        raise ValueError(f"samples have rollout_routed_experts of several shapes: {sorted(sizes)}")
+    table = np.full((sum(len(sample.tokens) for sample in samples), *sizes.pop()), -1, dtype=np.int16)
+    start = 0
+    for sample in samples:
+        if sample.rollout_routed_experts is not None:
+            table[start : start + len(sample.rollout_routed_experts)] = sample.rollout_routed_experts
+        start += len(sample.tokens)
+    return table
+
+
+def _num_routed(sample: Sample) -> int:
+    return 0 if sample.rollout_routed_experts is None else len(sample.rollout_routed_experts)
+
+
+def _num_to_route(sample: Sample) -> int:
+    """Tokens from the start whose experts decide on a token that is trained on: those before the last such token."""
+    (trained,) = np.nonzero(np.asarray(_mask(sample)))
+    return len(sample.tokens) - sample.response_length + int(trained[-1]) if len(trained) else 0
 
 
 def _rollout_ids(samples: Sequence[Sample]) -> Array:

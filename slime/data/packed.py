@@ -20,6 +20,7 @@ from torch import Tensor
 
 from slime.data.batch import TrainBatch
 
+EXPERT_DTYPE = torch.int16
 # A rank without samples still takes part in every collective: two tokens that weigh nothing.
 _PLACEHOLDER_LENGTH = 2
 
@@ -45,6 +46,7 @@ class PackedBatch:
     advantages: Tensor | None = None  # float32 [T]
     returns: Tensor | None = None  # float32 [T], what the critic should have said
     kl: Tensor | None = None  # float32 [T], estimate of KL(policy || reference)
+    routed_experts: Tensor | None = None  # int16 [N, layers, experts of a token] to be replayed; -1: not known, or here
     step_total: float = 1.0  # rollouts of the whole step (or tokens): what a sum over them is divided by for its mean
     weight_total: float = 1.0  # of `loss_weights` in the whole step
 
@@ -78,8 +80,9 @@ def pack_rows(batch: TrainBatch, rows: Sequence[int], loss_weights: np.ndarray) 
     loss_weights: float32, one value a response token of the whole `batch`, in its order.
     """
     given = [name for name in _RESPONSE_FIELDS if getattr(batch, name) is not None]
+    given += ["routed_experts"] if batch.routed_experts is not None else []
     if not rows:
-        return _placeholder(given)
+        return _placeholder(batch, given)
     rows = list(rows)
     part = batch.select(rows)
     lengths, response_lengths = part.total_lengths, part.response_lengths
@@ -110,8 +113,12 @@ def response_values(batch: TrainBatch, rows: Sequence[int], values: np.ndarray) 
     return np.concatenate([values[ends[row] - batch.response_lengths[row] : ends[row]] for row in rows])
 
 
-def _placeholder(fields: list[str]) -> PackedBatch:
+def _placeholder(batch: TrainBatch, fields: list[str]) -> PackedBatch:
     nothing: dict[str, Any] = {name: torch.zeros(1) for name in fields}
+    if batch.routed_experts is not None:
+        nothing["routed_experts"] = torch.full(
+            (_PLACEHOLDER_LENGTH, *batch.routed_experts.shape[1:]), -1, dtype=EXPERT_DTYPE
+        )
     return PackedBatch(
         input_ids=torch.zeros(_PLACEHOLDER_LENGTH, dtype=torch.int64),
         position_ids=torch.arange(_PLACEHOLDER_LENGTH),

@@ -15,6 +15,7 @@ from slime.algorithms.reduce import SequenceSum
 from slime.data.packed import PackedBatch
 
 ModelTag = Literal["actor", "ref", "old_actor", "teacher", "critic"]
+POLICY: tuple[ModelTag, ...] = ("actor", "old_actor")  # whose choice of experts is kept for the update
 
 
 class NamedTensor(NamedTuple):
@@ -105,12 +106,13 @@ class TrainBackend(Protocol):
     def log_probs(self, batches: list[PackedBatch], model: ModelTag, *, entropy: bool) -> list[TokenOutputs]:
         """Outputs of each micro-batch under the weights `model`, without gradients.
 
-        Complete on every rank, [T] in the order of `target_index`, however the model is split.
+        Complete on every rank, [T] in the order of `target_index`, however the model is split. The policy, with
+        --use-routing-replay, follows the experts of `routed_experts`; this rank's that are not there are written there.
         """
         ...
 
     def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
-        """One optimizer step over all micro-batches.
+        """One optimizer step over all micro-batches, with the experts of their `routed_experts`, if any.
 
         A backend that splits sequences among ranks completes the outputs on each, so that every loss and hook sees
         whole samples, and each rank takes the gradient of its own tokens. Or it hands the loss this rank's tokens,

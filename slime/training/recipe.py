@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -91,7 +92,7 @@ class Recipe:
         cfg = self.algorithm
         weights = estimator_of(cfg).weights
         steps = plan_steps(
-            batch,
+            batch if cfg.use_rollout_routing_replay else dataclasses.replace(batch, routed_experts=None),
             self.backend.layout,
             optimizer=self.optimizer,
             weights=lambda mask_T, rollout_T: weights(mask_T, rollout_T, cfg),
@@ -113,6 +114,11 @@ class Recipe:
             raise ValueError(
                 "distillation needs teacher_log_probs on every sample: give --opd-teacher-load, or a rollout that asks "
                 "a teacher's engine, such as --custom-rm-path slime.rollout.on_policy_distillation.reward_func"
+            )
+        if cfg.use_rollout_routing_replay and any(batch.routed_experts is None for batch in batches):
+            raise ValueError(
+                "--use-rollout-routing-replay: the rollout returned samples without rollout_routed_experts for all "
+                "tokens that are trained on"
             )
         if cfg.use_rollout_logprobs:
             _use_rollout_log_probs(batches)

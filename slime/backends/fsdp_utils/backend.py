@@ -27,6 +27,7 @@ from slime.backends.fsdp_utils.saver import Saver
 from slime.backends.fsdp_utils.sources import Source
 from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
 from slime.backends.shared.offload import HostCopy, Parking
+from slime.backends.shared.routing_replay import MISMATCH, mismatch
 from slime.config.run import RunConfig
 from slime.data.packed import PackedBatch
 from slime.training.backend import (
@@ -158,8 +159,14 @@ class FSDPBackend:
     def log_probs(self, batches: list[PackedBatch], model: ModelTag, *, entropy: bool) -> list[TokenOutputs]:
         wants = Wants(entropy=entropy)
         with torch.no_grad(), self.parking.reading(model, self.models[model]):
-            outputs = [self.models[model](batch.to(self.device), wants) for batch in batches]
+            outputs = [self._outputs(self.models[model], batch, wants) for batch in batches]
         reshard(self.models[model])
+        return outputs
+
+    def _outputs(self, model: Model, batch: PackedBatch, wants: Wants) -> TokenOutputs:
+        outputs: TokenOutputs = model(batch.to(self.device), wants)
+        if isinstance(model, TokenModel) and model.replay is not None:
+            model.replay.tell(batch)
         return outputs
 
     def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
@@ -167,6 +174,9 @@ class FSDPBackend:
         self.saver.check()
         lr = self._begin_step()
         metrics = self._sum_metrics([self._backward(batch, loss, wants) for batch in batches])
+        replay = self._policy("actor").replay if self.role == "actor" else None
+        if replay is not None:
+            metrics[MISMATCH] = mismatch([replay], self.device)
         scale = self.loss_scale.value
         grad_norm = clip_gradients(parameters, self.run.clip_grad, scale=scale)
         is_finite = all(torch.isfinite(torch.tensor([grad_norm, metrics["loss"]])))

@@ -24,10 +24,11 @@ from slime.backends.fsdp_utils.model import (
     wants_compilation,
 )
 from slime.backends.fsdp_utils.optimizer import freeze
+from slime.backends.fsdp_utils.routers import attach_routing_replay
 from slime.backends.fsdp_utils.sources import Source
 from slime.backends.fsdp_utils.value_model import ValueModel, shard_critic
 from slime.config.run import RunConfig
-from slime.training.backend import ModelTag
+from slime.training.backend import POLICY, ModelTag
 
 Role = Literal["actor", "critic"]
 Model = TokenModel | ValueModel
@@ -68,6 +69,11 @@ class Builder(NamedTuple):
         if tag == self.role and self.fsdp.gradient_checkpointing:
             enable_gradient_checkpointing(lm)
         layers = decoder_layers(lm)
+        replay = None
+        if self.run.use_routing_replay and self.role == "actor" and tag in POLICY:
+            replay = attach_routing_replay(
+                lm, layers, is_recomputed=tag == "actor" and self.fsdp.gradient_checkpointing
+            )
         if wants_compilation(self.fsdp.torch_compile, self.device):
             compile_each(layers)
         options, reshards = shard_options(self.fsdp, self.mesh, self.device), self.fsdp.fsdp_reshard_after_forward
@@ -82,6 +88,7 @@ class Builder(NamedTuple):
             share_prompts=self.fsdp.share_prompts,
             context=self.context,
         )
+        model.replay = replay
         shard(model, layers, options, reshard_after_forward=reshards)
         return model
 

@@ -10,7 +10,7 @@ import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +27,7 @@ from slime.backends.fsdp_utils import attention
 from slime.backends.fsdp_utils.arguments import FSDPConfig
 from slime.backends.fsdp_utils.context_parallel import ContextGroup
 from slime.backends.fsdp_utils.prompt_sharing import shared_prompts
+from slime.backends.shared.routing_replay import RoutingReplay
 from slime.backends.shared.target_log_probs import LogitRule, target_log_probs
 from slime.data.packed import PackedBatch
 from slime.training.backend import TokenOutputs, Wants
@@ -58,12 +59,18 @@ class TokenModel(nn.Module):
         self.rule = LogitRule(temperature, _logit_softcap(lm), chunk_size)
         self.share_prompts = share_prompts
         self.context = context
+        self.replay: RoutingReplay | None = None
 
     def forward(self, batch: PackedBatch, wants: Wants) -> TokenOutputs:
         """Outputs [T] for `batch`, which lies on the model's device."""
         head = partial(self._head, wants=wants)
         return target_outputs(
-            self.lm.get_decoder(), batch, head, share_prompts=self.share_prompts, context=self.context
+            self.lm.get_decoder(),
+            batch,
+            head,
+            share_prompts=self.share_prompts,
+            context=self.context,
+            replay=self.replay,
         )
 
     def _head(self, hidden_O: Tensor, targets_O: Tensor, *, wants: Wants) -> TokenOutputs:
@@ -88,27 +95,31 @@ def target_outputs(
     *,
     share_prompts: bool,
     context: ContextGroup | None,
+    replay: RoutingReplay | None = None,
 ) -> TokenOutputs:
     """What `head` says of each response token, [T], from (hidden states before them [O, E], these tokens [O]).
 
     share_prompts: compute equal prompts once, where attention is ours. context: who shares the tokens; it must be ours.
+    replay: routers that follow the experts which `batch` knows; of equal prompts the first one's.
     """
     is_packed = cast(PreTrainedModel, decoder).config._attn_implementation == attention.NAME
     sharing = shared_prompts(batch) if share_prompts and is_packed else None
-    input_ids, position_ids, source_T = batch.input_ids, batch.position_ids, batch.target_index - 1
+    source_T = batch.target_index - 1
+    first = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
     if context is not None:
-        sharing = context.deal(sharing, len(input_ids), input_ids.device)
+        sharing = context.deal(sharing, len(first), first.device)
     if sharing is not None:
         first = sharing.first if context is None else context.share(sharing.first)
-        input_ids, position_ids = input_ids[first], position_ids[first]
         source_T = sharing.place[source_T]
-    output = decoder(
-        input_ids=input_ids[None],
-        position_ids=position_ids[None],
-        attention_mask=None,
-        use_cache=False,  # with a cache transformers would take the pack for one sequence
-        packing=attention.Packing(batch.sequence_lengths, batch.input_ids.device, sharing, context),
-    )
+    is_trained = torch.is_grad_enabled()
+    with replay.following(batch, first, device=first.device, is_trained=is_trained) if replay else nullcontext():
+        output = decoder(
+            input_ids=batch.input_ids[first][None],
+            position_ids=batch.position_ids[first][None],
+            attention_mask=None,
+            use_cache=False,  # with a cache transformers would take the pack for one sequence
+            packing=attention.Packing(batch.sequence_lengths, first.device, sharing, context),
+        )
     hidden = cast(Tensor, output.last_hidden_state)[0]
     if context is None:
         return head(hidden.index_select(0, source_T), batch.targets)

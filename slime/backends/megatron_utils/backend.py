@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -46,14 +46,16 @@ from slime.backends.megatron_utils.parallel import (
     tensor_from_last_stage,
 )
 from slime.backends.megatron_utils.rotary import rotation_of
+from slime.backends.megatron_utils.routers import attach_routing_replay, following
 from slime.backends.megatron_utils.sources import Source
 from slime.backends.megatron_utils.stages import num_virtual_stages
 from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
 from slime.backends.shared.offload import HostCopy
+from slime.backends.shared.routing_replay import MISMATCH, RoutingReplay, mismatch
 from slime.backends.shared.target_log_probs import LogitRule
 from slime.config.run import RunConfig
 from slime.data.packed import PackedBatch
-from slime.training.backend import LossFn, ModelTag, NamedTensor, StepMetrics, TokenOutputs, Wants
+from slime.training.backend import POLICY, LossFn, ModelTag, NamedTensor, StepMetrics, TokenOutputs, Wants
 from slime.utils.misc import load_function
 from slime.weight_sync.disk import write_hf_directory
 
@@ -101,6 +103,7 @@ class MegatronBackend:
             context_rank=parallel_state.get_context_parallel_rank(),
             context_size=run.context_parallel_size,
             tensor_size=cfg.tensor_model_parallel_size if cfg.sequence_parallel else 1,
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank() if cfg.sequence_parallel else 0,
         )
         self.transformer_engine = transformer_engine
         self.config = transformer.transformer_config(
@@ -141,6 +144,8 @@ class MegatronBackend:
             compiled=self.is_compiled,
             device=self.device,
         )
+        stages = self.chunk.lms if self.run.use_routing_replay and self.role == "actor" else []
+        self.replays = [attach_routing_replay(lm, self.config) for lm in stages]
         self.head = self._head() if is_last_stage() else None
         is_critic = self.role == "critic"
         source = sources.critic_source(self.run) if is_critic else sources.actor_source(self.run)
@@ -264,7 +269,8 @@ class MegatronBackend:
             stage.eval()
         with self._weights_of(model), torch.no_grad():
             self._call_hook(self.cfg.custom_megatron_before_log_prob_hook_path, _STORE_PREFIX[model])
-            found = self._run(batches, wants, _outputs_of, forward_only=True)
+            replays = self.replays if model in POLICY else []
+            found = self._run(batches, wants, _outputs_of, forward_only=True, replays=replays)
         for stage in self.chunk.wrapped:
             stage.train()
         return self._complete(batches, found, entropy=entropy)
@@ -297,8 +303,10 @@ class MegatronBackend:
         lr = learning_rate(self.num_steps, self.run, self._total_steps())
         position = divmod(self.num_steps, self.run.num_steps_per_rollout or 1)
         self._call_hook(self.cfg.custom_megatron_before_train_step_hook_path, *position, optimizer=True)
-        found = self._run(batches, wants, partial(_loss_of, loss=loss), forward_only=False)
+        found = self._run(batches, wants, partial(_loss_of, loss=loss), forward_only=False, replays=self.replays)
         metrics = self._sum_metrics(found)
+        if self.replays:
+            metrics[MISMATCH] = mismatch(self.replays, self.device)
         norm = step_if_finite(
             self.optimizer, lr=lr, clip_grad=self.run.clip_grad, is_loss_finite=math.isfinite(metrics["loss"])
         )
@@ -307,12 +315,20 @@ class MegatronBackend:
         return StepMetrics(metrics, norm, lr, skipped=not (math.isfinite(norm) and math.isfinite(metrics["loss"])))
 
     def _run(
-        self, batches: list[PackedBatch], wants: Wants, finish: Callable[..., Any], *, forward_only: bool
+        self,
+        batches: list[PackedBatch],
+        wants: Wants,
+        finish: Callable[..., Any],
+        *,
+        forward_only: bool,
+        replays: Sequence[RoutingReplay | None],
     ) -> list[Any]:
         """Megatron's schedule over the micro-batches. Returns what `finish` left of each, on the last stage alone."""
         inputs = [inputs_of(batch, self.split, self.device, on_device=self.transformer_engine) for batch in batches]
+        of_stage = dict(zip(self.chunk.wrapped, replays or [None] * len(self.chunk.wrapped), strict=True))
+        follow = partial(following, of_stage, device=self.device, is_trained=not forward_only)
         result: list[Any] = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, wants=wants, finish=finish),
+            forward_step_func=partial(self._forward, wants=wants, finish=finish, follow=follow),
             data_iterator=[iter(inputs) for _ in self.chunk.wrapped],
             model=self.chunk.wrapped,
             num_microbatches=len(batches),
@@ -324,7 +340,13 @@ class MegatronBackend:
         return result if is_last_stage() else []
 
     def _forward(
-        self, iterator: Iterator[Inputs], model: nn.Module, *, wants: Wants, finish: Callable[..., Any]
+        self,
+        iterator: Iterator[Inputs],
+        model: nn.Module,
+        *,
+        wants: Wants,
+        finish: Callable[..., Any],
+        follow: Callable[[nn.Module, Inputs], contextlib.AbstractContextManager[None]],
     ) -> tuple[Tensor, Callable[..., Any]]:
         """One micro-batch through this stage, as a schedule calls it."""
         inputs = next(iterator)
@@ -332,7 +354,8 @@ class MegatronBackend:
         head = self.head if model is self.chunk.wrapped[-1] else None
         if head is not None:
             head.wanted = (inputs, wants)
-        output = model(inputs.input_ids, inputs.position_ids, None, packed_seq_params=inputs.packing)
+        with follow(model, inputs):
+            output = model(inputs.input_ids, inputs.position_ids, None, packed_seq_params=inputs.packing)
         return output, lambda output, **options: finish(inputs, head.take() if head is not None else None)
 
     def _sum_metrics(self, found: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -25,6 +25,7 @@ class Split(NamedTuple):
     context_rank: int = 0
     context_size: int = 1
     tensor_size: int = 1
+    tensor_rank: int = 0
 
 
 class Segment(NamedTuple):
@@ -59,7 +60,9 @@ class Inputs:
     predictors: Tensor  # int64 [t] in [0, n): the place before each response token
     targets: Tensor  # int64 [t]
     kept: Tensor  # int64 [t] in [0, T): which response tokens of the micro-batch these are
-    batch: PackedBatch  # [T] fields cut down to [t]
+    batch: PackedBatch  # [T] fields cut down to [t]; without experts
+    whole: PackedBatch  # as it came, on the host
+    places: Tensor  # int64, on the host: the packed token behind each that this rank's layers see; -1 for padding
 
 
 def inputs_of(batch: PackedBatch, split: Split, device: torch.device, *, on_device: bool = False) -> Inputs:
@@ -77,6 +80,8 @@ def inputs_of(batch: PackedBatch, split: Split, device: torch.device, *, on_devi
     held_n = local_places(lengths, split)
     local_of = torch.full((size,), -1)
     local_of[held_n] = torch.arange(len(held_n))
+    packed_of = torch.full((size,), -1)
+    packed_of[places_N] = torch.arange(len(places_N))
     predictors_T = local_of[places_N[batch.target_index - 1]]
     kept = (predictors_T >= 0).nonzero()[:, 0]
     return Inputs(
@@ -86,7 +91,9 @@ def inputs_of(batch: PackedBatch, split: Split, device: torch.device, *, on_devi
         predictors=predictors_T[kept].to(device),
         targets=batch.targets[kept].to(device),
         kept=kept.to(device),
-        batch=tokens_of(batch, kept).to(device),
+        batch=replace(tokens_of(batch, kept), routed_experts=None).to(device),
+        whole=batch,
+        places=packed_of[held_n].chunk(split.tensor_size)[split.tensor_rank],
     )
 
 
@@ -115,7 +122,7 @@ def tokens_of(batch: PackedBatch, kept: Tensor) -> PackedBatch:
     """`batch` with its [T] fields cut down to the response tokens `kept`."""
     if len(kept) == len(batch.target_index):
         return batch
-    per_token = [name for name in vars(batch) if name not in ("input_ids", "position_ids")]
+    per_token = [name for name in vars(batch) if name not in ("input_ids", "position_ids", "routed_experts")]
     cut: dict[str, Any] = {name: value[kept] for name in per_token if isinstance(value := getattr(batch, name), Tensor)}
     return replace(batch, **cut)
 

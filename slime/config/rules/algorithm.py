@@ -33,11 +33,32 @@ def algorithm_rules(config: RunConfig) -> dict[str, Any]:
         "--kl-coef shapes rewards before they are normalised; --custom-reward-post-process-path does that itself.",
     )
     _combinations(config)
+    _routing_replay(config)
     return {
+        "use_routing_replay": config.use_routing_replay or config.use_rollout_routing_replay,
         "loss_length": config.loss_length or config.rollout_max_response_len,
         "eps_clip_high": config.eps_clip if config.eps_clip_high is None else config.eps_clip_high,
         "grpo_std_normalization": config.grpo_std_normalization and config.n_samples_per_prompt > 1,
     }
+
+
+def _routing_replay(config: RunConfig) -> None:
+    """Experts that are kept, and whose they are."""
+    kept = config.use_routing_replay or config.use_rollout_routing_replay
+    require(
+        not kept or config.is_policy_loss,
+        "--use-routing-replay and --use-rollout-routing-replay compare policies: drop them with --loss-type sft_loss.",
+    )
+    require(
+        not (config.use_routing_replay and config.use_rollout_logprobs) or config.use_rollout_routing_replay,
+        "--use-routing-replay keeps the experts of old log-probs, which --use-rollout-logprobs leaves out: use "
+        "--use-rollout-routing-replay.",
+    )
+    require(
+        not config.use_rollout_routing_replay or not config.policy.is_disaggregated,
+        "--use-rollout-routing-replay: engines that compute prompts apart do not return their experts. Drop it, or "
+        "--prefill-num-servers.",
+    )
 
 
 def _combinations(config: RunConfig) -> None:
