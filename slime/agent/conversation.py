@@ -152,6 +152,7 @@ class Conversation:
             weight_versions=sample.weight_versions[num_versions:],
             status=sample.status.value,
             is_trained=earlier is None or num_earlier == 0 or earlier.is_trained,
+            routed_experts=_experts_since(sample, end.num_tokens),
         )
         keep_turn(sample, len(self.marks), turn)
 
@@ -177,6 +178,8 @@ class Conversation:
         self.messages = self.messages[: mark.num_messages]
         sample.tokens, sample.response_length = sample.tokens[: mark.num_tokens], mark.response_length
         sample.response = sample.response[: mark.num_chars]
+        if sample.rollout_routed_experts is not None:
+            sample.rollout_routed_experts = sample.rollout_routed_experts[: mark.num_tokens - 1]
         for name in ("loss_mask", "rollout_log_probs"):
             values = getattr(sample, name)
             setattr(sample, name, None if values is None else values[: mark.response_length])
@@ -189,6 +192,7 @@ class Conversation:
         mine, other.sample = self.sample, sibling(self.sample)
         other.sample.tokens, other.sample.response = mine.tokens, mine.response
         other.sample.rollout_log_probs = mine.rollout_log_probs
+        other.sample.rollout_routed_experts = mine.rollout_routed_experts
         other.sample.loss_mask = [0] * mine.response_length
         other.rewind()
         return other
@@ -220,6 +224,12 @@ class Conversation:
         if not token_ids or token_ids[-1] not in self.tokenizer.all_special_ids:
             return text
         return text.removesuffix(self.tokenizer.decode(token_ids[-1:], skip_special_tokens=False))
+
+
+def _experts_since(sample: Sample, num_tokens: int) -> Any:
+    """Of the tokens whose experts were not known when there were `num_tokens`; None where they still are not."""
+    experts = sample.rollout_routed_experts
+    return None if experts is None or len(experts) < len(sample.tokens) - 1 else experts[max(0, num_tokens - 1) :]
 
 
 def sibling(sample: Sample) -> Sample:

@@ -16,6 +16,7 @@ from slime.arguments import Args
 from slime.cli.model_files import ModelFiles, read_model_files
 from slime.config import ConfigError
 from slime.config.base import flag_of
+from slime.config.model import experts_shape
 from slime.config.rollout import DEFAULT_ROLLOUT_FUNCTION
 from slime.data.dataset import RowKeys
 from slime.data.files import read_rows
@@ -60,6 +61,12 @@ class Findings:
 def preflight(args: Args) -> Findings:
     """Check everything that needs no cluster. Raises ValueError with one sentence: what, where, and what to do."""
     model = read_model_files(args.hf_checkpoint)
+    if args.use_routing_replay and experts_shape(model.config) is None:
+        kind = "rollout-" if args.use_rollout_routing_replay else ""
+        raise ConfigError(
+            f"--use-{kind}routing-replay: {args.hf_checkpoint}/config.json has no num_experts_per_tok: the model is "
+            "dense. Drop it."
+        )
     _check_plugins(args)
     num_prompts = _check_prompts(args) if args.rollout_global_dataset else None
     eval_sizes = dict(_check_eval_sets(args))

@@ -30,6 +30,12 @@ def read_model_config(directory: str) -> dict[str, Any]:
     return text
 
 
+def experts_shape(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Layers, and experts of a token in each; None for a dense model."""
+    layers, experts = config.get("num_hidden_layers"), config.get("num_experts_per_tok")
+    return (layers, experts) if isinstance(layers, int) and isinstance(experts, int) else None
+
+
 def context_length(config: dict[str, Any]) -> int | None:
     """Positions that the model was made for; None where config.json does not say."""
     length = config.get("max_position_embeddings")

@@ -81,6 +81,7 @@ def _embedded(args: Args, spec: EngineSpec) -> list[EngineCommand]:
         settings["--api-key"] = args.sglang_api_key
     flags = [part for item in settings.items() for part in item]
     flags += ["--trust-remote-code"] if args.trust_remote_code else []
+    flags += ["--enable-return-routed-experts"] if args.use_rollout_routing_replay and not spec.is_frozen else []
     user_flags = overridden(args.sglang_args, spec.overrides)
     command = [sys.executable, "-m", "slime.engine.embedded.server", *flags, *_known_to_embedded(user_flags)]
     return [EngineCommand(command, {})]

@@ -7,16 +7,15 @@ import logging
 import time
 from typing import Any
 
+from slime.rollout.engines import ANSWER_S, engine_urls
 from slime.rollout.state import GenerateState
-from slime.utils.http_utils import HTTPError, get, post
+from slime.utils.http_utils import HTTPError, post
 from slime.utils.types import Sample
 
 logger = logging.getLogger(__name__)
 
 AGAIN_S = 0.5  # a request that was on its way, or a next turn, arrives after the engines were told
 SCORING_S = 1.0  # for rewards that are nearly there: a synchronous one that is cancelled costs its process
-ANSWER_S = 10.0  # for one answer of router or engine
-NOT_FOUND = 404
 
 
 async def abort(args: Any, rollout_id: int | None, *, state: GenerateState) -> list[list[Sample]]:
@@ -65,7 +64,7 @@ async def _abort_engines(args: Any) -> None:
     answers = await asyncio.gather(
         *(
             post(f"{url}/abort_request", {"abort_all": True}, timeout_s=ANSWER_S, retry_for_s=0.0, headers=headers)
-            for url in await _engine_urls(args)
+            for url in await engine_urls(args)
         ),
         return_exceptions=True,
     )
@@ -74,16 +73,3 @@ async def _abort_engines(args: Any) -> None:
             logger.warning("an engine did not take the order to end its requests: %s", answer)
         elif isinstance(answer, BaseException):
             raise answer
-
-
-async def _engine_urls(args: Any) -> list[str]:
-    """Addresses of the engines behind the router, or of the one engine that stands in its place."""
-    router = f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
-    try:
-        answer = await get(f"{router}/workers", timeout_s=ANSWER_S)
-    except HTTPError as error:
-        if error.status == NOT_FOUND:
-            return [router]
-        logger.warning("the router does not name its engines: %s", error)
-        return []
-    return [worker["url"] for worker in answer["workers"]]

@@ -22,6 +22,7 @@ from slime.rollout.data_source import DataSource
 from slime.rollout.eval_data import EvalSet, eval_groups, eval_sets
 from slime.rollout.hooks import filter_samples, process_all_samples, run_sample_hooks
 from slime.rollout.rm_hub import RewardError, async_rm, batched_async_rm
+from slime.rollout.routed_experts import generate_with_experts, read_experts, without_unrouted
 from slime.rollout.state import GenerateState, RolloutFailed, SamplingParams, rare_collection
 from slime.rollout.tokenizer import tokenizer_of
 from slime.rollout.turns import back_to_last_turn, num_tokens_lost
@@ -85,21 +86,28 @@ async def generate(args: Any, sample: Sample, sampling_params: SamplingParams, *
     if params["max_new_tokens"] <= 0:
         return _without_room(sample, context)
     params.setdefault("sampling_seed", sampling_seed(args.rollout_seed, sample.index, len(sample.tokens)))
-    url = get_model_url(args)
-    output = await post(
-        url,
-        {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True},
-        timeout_s=args.sglang_router_request_timeout_secs,
-        headers=_headers(args, sample),
-    )
+    payload = {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True}
+    segment = await _sampled(args, sample, payload, evaluation=evaluation)
     is_continued = sample.status is SampleStatus.ABORTED and sample.response_length > 0
-    segment = _segment(output, url)
     sample.append_response_tokens(args, **segment)
     if is_continued:
         skip = bool(params["skip_special_tokens"])
         response = sample.tokens[-sample.response_length :]
         sample.response = whole_text(tokenizer, response, len(segment["tokens"]), segment["text"], skip=skip)
     return sample
+
+
+async def _sampled(args: Any, sample: Sample, payload: dict[str, Any], *, evaluation: bool) -> dict[str, Any]:
+    """What an engine adds to `sample`, as `append_response_tokens` takes it. Raises HTTPError."""
+    url, headers = get_model_url(args), _headers(args, sample)
+    if not args.use_rollout_routing_replay or evaluation:
+        output = await post(url, payload, timeout_s=args.sglang_router_request_timeout_secs, headers=headers)
+        return _segment(output, url)
+    output = await generate_with_experts(args, sample, payload, headers=headers)
+    segment = _segment(without_unrouted(output), url)
+    if segment["tokens"]:
+        segment["routed_experts"] = read_experts(args, sample, segment["meta_info"], len(segment["tokens"]))
+    return segment
 
 
 def _segment(output: Any, url: str) -> dict[str, Any]:
@@ -249,7 +257,7 @@ def _back_to_prompt(sample: Sample, num_prompt_tokens: int, rollout_id: int | No
     sample.tokens = sample.tokens[:num_prompt_tokens]
     sample.response, sample.response_length = "", 0
     sample.loss_mask = sample.rollout_log_probs = sample.reward = None
-    sample.weight_versions = []
+    sample.weight_versions, sample.rollout_routed_experts = [], None
     sample.rollout_id = rollout_id
     sample.status = SampleStatus.ABORTED
     return sample

@@ -11,6 +11,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from slime.utils.types import PrefixCacheInfo, Sample, SampleStatus, SpecInfo
 
 
@@ -29,11 +32,16 @@ class SampledTurn:
     weight_versions: list[str]
     status: str
     is_trained: bool
+    routed_experts: NDArray[np.integer[Any]] | None = None  # of the tokens that no turn before knows them of
 
     def append_to(self, sample: Sample) -> None:
         """Say it again."""
         sample.append_response_tokens(
-            tokens=self.tokens, log_probs=self.log_probs, trainable=self.is_trained, text=self.text
+            tokens=self.tokens,
+            log_probs=self.log_probs,
+            trainable=self.is_trained,
+            text=self.text,
+            routed_experts=self.routed_experts,
         )
         sample.weight_versions = sample.weight_versions + self.weight_versions
         sample.status = SampleStatus(self.status)
@@ -53,7 +61,7 @@ def start_over(sample: Sample) -> None:
     """Take back all that was generated."""
     sample.tokens, sample.response, sample.response_length = [], "", 0
     sample.loss_mask = sample.rollout_log_probs = sample.reward = None
-    sample.weight_versions, sample.turns = [], []
+    sample.weight_versions, sample.turns, sample.rollout_routed_experts = [], [], None
     sample.status = SampleStatus.PENDING
     sample.spec_info, sample.prefix_cache_info = SpecInfo(), PrefixCacheInfo()
     sample.non_generation_time = 0.0

@@ -13,7 +13,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from slime.utils.arrays import from_json, to_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Message = dict[str, Any]
 
@@ -89,6 +95,8 @@ class Sample:
 
     `tokens` is prompt + response; `loss_mask` and `rollout_log_probs` cover the response only and have
     `response_length` entries. `loss_mask=None` means all ones; `remove_sample=True` means all zeros.
+    `rollout_routed_experts` [tokens - 1, layers, experts of a token]: where the engine that sampled sent each token,
+    but the last, which it did not compute; shorter where tokens were told after the last that was sampled.
     """
 
     group_index: int | None = None  # samples of one prompt share it; rewards are normalised within it
@@ -109,7 +117,7 @@ class Sample:
     rollout_log_probs: list[float] | None = None
     rollout_top_p_token_ids: Any | None = None
     rollout_top_p_token_offsets: Any | None = None
-    rollout_routed_experts: Any | None = None
+    rollout_routed_experts: NDArray[np.integer[Any]] | None = field(default=None, compare=False)
     remove_sample: bool = False
     teacher_log_probs: list[float] | None = None
     status: SampleStatus = SampleStatus.PENDING
@@ -170,6 +178,7 @@ class Sample:
         meta_info: dict[str, Any] | None = None,
         text: str | None = None,
         update_terminal_info: bool = True,
+        routed_experts: NDArray[np.integer[Any]] | None = None,
     ) -> None:
         """Extend the response by `tokens`, with mask, log-probs and text kept in step.
 
@@ -177,6 +186,7 @@ class Sample:
         log_probs: one per token, as the engine reported them; 0.0 for tokens that were not sampled.
         meta_info: the engine's `meta_info` of the call that produced them; its finish reason sets `status`
             unless `update_terminal_info` is False.
+        routed_experts: [new, layers, experts of a token], of the tokens that had none, all but the last of `tokens`.
         Raises ValueError where lengths disagree.
         """
         if log_probs is not None and len(log_probs) != len(tokens):
@@ -190,10 +200,21 @@ class Sample:
         if self.loss_mask is not None or not trainable:
             self.loss_mask = (self.loss_mask or [1] * self.response_length) + [int(trainable)] * len(tokens)
         self.tokens = self.tokens + tokens
+        if routed_experts is not None:
+            self._add_experts(routed_experts)
         self.response_length += len(tokens)
         self.response += text or ""
         if meta_info is not None:
             self._record(meta_info, terminal=update_terminal_info)
+
+    def _add_experts(self, routed_experts: NDArray[np.integer[Any]]) -> None:
+        import numpy as np
+
+        known = self.rollout_routed_experts
+        both = routed_experts if known is None else np.concatenate([known, routed_experts])
+        if len(both) != len(self.tokens) - 1:
+            raise ValueError(f"experts of {len(both)} tokens, there must be {len(self.tokens) - 1}")
+        self.rollout_routed_experts = both
 
     def update_from_meta_info(self, args: Any, meta_info: dict[str, Any]) -> None:
         """Take weight version, counters and status from an engine's reply."""
@@ -218,6 +239,12 @@ class Sample:
             raise ValueError(
                 f"sample {self.index}: response_length {self.response_length} exceeds its {len(self.tokens)} tokens"
             )
+        experts = self.rollout_routed_experts
+        if experts is not None and (experts.ndim != 3 or len(experts) >= max(1, len(self.tokens))):
+            raise ValueError(
+                f"sample {self.index}: rollout_routed_experts has shape {experts.shape}, it must be [at most "
+                f"{len(self.tokens) - 1}, layers, experts of a token]"
+            )
         for name in ("loss_mask", "rollout_log_probs", "teacher_log_probs"):
             values = getattr(self, name)
             if values is not None and len(values) != self.response_length:
@@ -232,6 +259,8 @@ class Sample:
         state["status"] = self.status.value
         state["spec_info"] = self.spec_info.to_dict()
         state["prefix_cache_info"] = self.prefix_cache_info.to_dict()
+        state["rollout_routed_experts"] = to_json(self.rollout_routed_experts)
+        state["turns"] = [turn | {"routed_experts": to_json(turn.get("routed_experts"))} for turn in self.turns]
         return state
 
     @classmethod
@@ -245,6 +274,10 @@ class Sample:
             values["spec_info"] = SpecInfo.from_dict(values["spec_info"])
         if isinstance(values.get("prefix_cache_info"), dict):
             values["prefix_cache_info"] = PrefixCacheInfo.from_dict(values["prefix_cache_info"])
+        values["rollout_routed_experts"] = from_json(values.get("rollout_routed_experts"))
+        values["turns"] = [
+            turn | {"routed_experts": from_json(turn.get("routed_experts"))} for turn in values.get("turns", [])
+        ]
         sample = cls(**values)
         for key, value in state.items():
             if key not in known:

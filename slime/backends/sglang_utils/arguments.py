@@ -30,6 +30,7 @@ FLAGS_SET_BY_SLIME = {
     "--disaggregation-mode": "--prefill-num-servers",
     "--disaggregation-bootstrap-port": None,
     "--config": "--sglang-config, --sglang-X flags, or keys of the --config file",
+    "--enable-return-routed-experts": "--use-rollout-routing-replay",
     "--weight-version": None,
     "--host": None,
     "--port": None,

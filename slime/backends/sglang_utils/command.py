@@ -37,6 +37,7 @@ def sglang_commands(config: RunConfig, spec: EngineSpec) -> list[EngineCommand]:
         settings["--device"] = "cpu"
     flags = [part for item in settings.items() for part in item] + ["--skip-server-warmup"]
     flags += ["--trust-remote-code"] if config.trust_remote_code else []
+    flags += ["--enable-return-routed-experts"] if config.use_rollout_routing_replay and not spec.is_frozen else []
     flags += _memory(config, spec)
     if spec.role != "regular":
         flags += ["--disaggregation-mode", spec.role]

@@ -41,7 +41,9 @@ class Server:
         self._engine = Engine(args, report=self._report, crashed=self._crashed)
         runner = self._engine.runner
         eos = eos_token_ids(runner.model, tokenizer)
-        limits = Limits(runner.context_length, runner.cache.num_tokens, runner.vocab_size, eos)
+        limits = Limits(
+            runner.context_length, runner.cache.num_tokens, runner.vocab_size, eos, runner.routed is not None
+        )
         seed = args.random_seed if args.random_seed is not None else random.SystemRandom().getrandbits(63)
         self._generator = Generator(self._engine, RequestParser(tokenizer, limits, random_seed=seed), tokenizer)
         self._loop: asyncio.AbstractEventLoop | None = None

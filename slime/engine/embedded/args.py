@@ -32,6 +32,7 @@ class ServerArgs:
     mem_fraction_static: float = flag(0.3, "share of the free memory that the key-value cache may take")
     chunked_prefill_size: int = flag(4096, "most prompt tokens in one forward pass")
     num_threads: int | None = flag(None, "CPU threads of the model; default: torch's")
+    enable_return_routed_experts: bool = flag(False, "answer which experts each token had, where a request asks")
     disable_radix_cache: bool = flag(False, "compute every prompt anew")
     enable_deterministic_inference: bool = flag(
         False, "one answer per seed whatever runs beside it; on by itself for float32 on a CPU"

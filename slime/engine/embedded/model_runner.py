@@ -10,6 +10,7 @@ import itertools
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from slime.engine.embedded.experts import exact_experts
 from slime.engine.embedded.kv_cache import PAGE_SIZE, KVCache
 from slime.engine.embedded.plan import Batch, Limits, make_plan
 from slime.engine.embedded.refusal import Refused
+from slime.engine.embedded.routed_experts import RoutedExperts
 from slime.engine.embedded.shares import cut
 
 logger = logging.getLogger(__name__)
@@ -70,11 +72,14 @@ class ModelRunner:
         )
         self._takes_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._attention_name = f"slime_paged_{next(_attention_names)}"
+        self.routed: RoutedExperts | None = None
         self.use_cache(self._make_cache(args))
         if self.is_exact and self.model._can_set_experts_implementation():
             ALL_EXPERTS_FUNCTIONS.register(EXACT_EXPERTS, exact_experts)
             self.model.set_experts_implementation(EXACT_EXPERTS)
         self.check_attention()
+        if args.enable_return_routed_experts:
+            self.routed = RoutedExperts(self.model, self.cache.num_pages)
 
     def set_threads(self) -> None:
         """Sets the CPU threads of operations, for the calling thread: OpenMP keeps a number for each that calls it."""
@@ -106,9 +111,9 @@ class ModelRunner:
         input_ids = torch.tensor([batch.tokens + [0] * (len(plan.positions) - plan.num_tokens)], device=self.device)
         kept = torch.tensor(rows + [0] * (-len(rows) % ROW_MULTIPLE), dtype=torch.long, device=self.device)
         options: dict[str, Any] = {"logits_to_keep": kept} if self._takes_rows else {}
-        logits = self.model(input_ids=input_ids, position_ids=plan.positions[None], use_cache=False, **options).logits[
-            0
-        ]
+        with nullcontext() if self.routed is None else self.routed.watching(plan):
+            output = self.model(input_ids=input_ids, position_ids=plan.positions[None], use_cache=False, **options)
+        logits = output.logits[0]
         if not self._takes_rows:
             logits = logits[kept]
         return logits[: len(rows)].float()
@@ -116,6 +121,8 @@ class ModelRunner:
     def use_cache(self, cache: KVCache) -> None:
         """Puts another cache in the place of the one made at the start."""
         self.cache = cache
+        if self.routed is not None:
+            self.routed.allocate(cache.num_pages)
         page_bytes = cache.num_bytes // (cache.num_pages * int(self.text_config.num_hidden_layers))
         self._limits = Limits(
             row_multiple=ROW_MULTIPLE,

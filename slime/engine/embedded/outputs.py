@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from typing import Any
+
+import numpy as np
 
 from slime.engine.embedded.request import Request, TokenLogProb
 from slime.engine.embedded.text import GrowingText, decode, held_back
@@ -63,11 +66,18 @@ class OutputBuilder:
         if request.return_logprob:
             self._add_log_probs(meta_info, num_output)
         if finish_reason is not None:
+            if request.return_routed_experts and request.routed_experts:
+                meta_info["routed_experts"] = self._routed_experts(request.prompt_length + num_output - 1)
             now = time.perf_counter()
             meta_info["e2e_latency"] = (request.finished_at or now) - request.arrived
             if request.first_token_at is not None:
                 meta_info["time_to_first_token"] = request.first_token_at - request.arrived
         return meta_info
+
+    def _routed_experts(self, end: int) -> str:
+        """Base64 of int32 [tokens, layers, experts of a token], of the tokens up to `end`."""
+        rows = np.concatenate(self.request.routed_experts)[self.request.routed_experts_start_len : end]
+        return base64.b64encode(rows.astype(np.int32).tobytes()).decode()
 
     def _add_log_probs(self, meta_info: dict[str, Any], num_output: int) -> None:
         request = self.request

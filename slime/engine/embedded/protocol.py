@@ -16,7 +16,7 @@ from slime.engine.embedded.sampling_params import SamplingParams, parse_sampling
 
 KNOWN_FIELDS = {
     "text", "input_ids", "sampling_params", "rid", "return_logprob", "logprob_start_len", "top_logprobs_num",
-    "return_text_in_logprobs", "stream",
+    "return_text_in_logprobs", "stream", "return_routed_experts", "routed_experts_start_len",
 }  # fmt: skip
 """Fields with a meaning here."""
 
@@ -50,6 +50,7 @@ class Limits:
     cache_tokens: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    returns_experts: bool = False
 
 
 @dataclass(slots=True)
@@ -99,6 +100,8 @@ class RequestParser:
         return_logprob: bool = False,
         logprob_start_len: int = -1,
         top_logprobs_num: int = 0,
+        return_routed_experts: bool = False,
+        routed_experts_start_len: int = 0,
         *,
         stream: bool = False,
     ) -> list[Request]:
@@ -107,6 +110,13 @@ class RequestParser:
         start = len(tokens) if logprob_start_len < 0 or not return_logprob else logprob_start_len
         if start > len(tokens):
             raise BadRequest(f"logprob_start_len {start} is higher than the number of input tokens {len(tokens)}.")
+        if return_routed_experts and not self.limits.returns_experts:
+            raise BadRequest("return_routed_experts needs an engine started with --enable-return-routed-experts.")
+        if not 0 <= routed_experts_start_len <= len(tokens):
+            raise BadRequest(
+                f"routed_experts_start_len must lie between 0 and the number of input tokens {len(tokens)}, got "
+                f"{routed_experts_start_len}."
+            )
         seed = params.sampling_seed if params.sampling_seed is not None else self._draw_seed()
         stop_tokens = params.stop_token_ids | self.limits.eos_token_ids
         return [
@@ -121,6 +131,8 @@ class RequestParser:
                 return_logprob=return_logprob,
                 logprob_start_len=start,
                 top_logprobs_num=min(top_logprobs_num, self.limits.vocab_size) if return_logprob else 0,
+                return_routed_experts=return_routed_experts,
+                routed_experts_start_len=routed_experts_start_len,
                 stream=stream,
             )
             for index in range(params.n)
@@ -183,8 +195,14 @@ class RequestParser:
             )
 
 
-_OPTIONS: tuple[tuple[str, Any], ...] = (("return_logprob", False), ("logprob_start_len", -1), ("top_logprobs_num", 0))
-_OPTION_TYPES = {"return_logprob": bool, "logprob_start_len": int, "top_logprobs_num": int}
+_OPTIONS: tuple[tuple[str, Any], ...] = (
+    ("return_logprob", False),
+    ("logprob_start_len", -1),
+    ("top_logprobs_num", 0),
+    ("return_routed_experts", False),
+    ("routed_experts_start_len", 0),
+)
+_OPTION_TYPES = {name: type(default) for name, default in _OPTIONS}
 
 
 def _per_prompt(body: dict[str, Any], name: str, default: Any, count: int) -> list[Any]:

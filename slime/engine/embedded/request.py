@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from slime.engine.embedded.sampling_params import SamplingParams
 
 
@@ -32,6 +34,7 @@ class Request:
     listener: called in the server's event loop whenever there is news of a streamed request, and at the end of any.
     tokens: prompt and output in one list, of which the first `num_computed` are in the key-value cache, in `pages`.
     logprob_start_len: first prompt token whose log-probability is wanted; the prompt's length for none.
+    routed_experts_start_len: first token whose experts are wanted, with return_routed_experts.
     seed: drawn with, together with the number of the output token, and nothing else.
     """
 
@@ -45,6 +48,8 @@ class Request:
     return_logprob: bool = False
     logprob_start_len: int = 0
     top_logprobs_num: int = 0
+    return_routed_experts: bool = False
+    routed_experts_start_len: int = 0
     stream: bool = False
 
     row: int = -1
@@ -56,6 +61,7 @@ class Request:
     output_top_logprobs: list[list[TokenLogProb]] = field(default_factory=list)
     input_logprobs: list[TokenLogProb] = field(default_factory=list)
     input_top_logprobs: list[list[TokenLogProb] | None] = field(default_factory=list)
+    routed_experts: list[np.ndarray] = field(default_factory=list)
     version_spans: list[VersionSpan] = field(default_factory=list)
     stop_checker: Any = None
     finish_reason: dict[str, Any] | None = None
@@ -68,6 +74,11 @@ class Request:
     def num_output(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def num_routed(self) -> int:
+        """Tokens whose experts are in `routed_experts`, each as when it was first computed."""
+        return sum(map(len, self.routed_experts))
 
     @property
     def output_ids(self) -> list[int]:

@@ -223,6 +223,8 @@ class Scheduler:
         if self._copies:
             sources, targets = map(list, zip(*self._copies, strict=True))
             self._cache.copy_pages(sources, targets)
+            if self.runner.routed is not None:
+                self.runner.routed.copy_pages(sources, targets)
             self._cache.free(sources)
             self._copies.clear()
 
@@ -276,6 +278,9 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _release_pages(self, request: Request) -> None:
+        if request.return_routed_experts and self.runner.routed is not None and request.num_computed:
+            rows = self.runner.routed.read(request.pages, request.num_routed, request.num_computed)
+            request.routed_experts.append(rows)
         self._cache.free(request.pages)
         request.pages, request.num_computed = [], 0
 
