@@ -49,6 +49,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"update_weight_disk_keep_files": True, "update_weight_transport": "disk"},
         "--update-weight-disk-keep-files needs --update-weight-transport disk and --update-weight-disk-dir, which",
     ),
+    # routing replay
+    ({"use_routing_replay": True, "loss_type": "sft_loss"}, "compare policies: drop them with --loss-type sft_loss."),
+    (
+        {"use_routing_replay": True, "use_rollout_logprobs": True},
+        "keeps the experts of old log-probs, which --use-rollout-logprobs leaves out: use --use-rollout-routing-",
+    ),
+    (
+        {
+            "use_rollout_routing_replay": True,
+            "rollout_num_gpus": 2,
+            "prefill_num_servers": 1,
+            "rollout_engine": "sglang",
+        },
+        "engines that compute prompts apart do not return their experts. Drop it, or --prefill-num-servers.",
+    ),
     # on policy
     ({"true_on_policy_mode": True, "num_steps_per_rollout": 2}, "of 2 optimizer steps a rollout (--num-steps-per-roll"),
     ({"true_on_policy_mode": True, "partial_rollout": True}, "--true-on-policy-mode: --partial-rollout goes on with"),
@@ -385,3 +400,9 @@ def test_details_are_both_dumps_below_one_folder() -> None:
 
 def test_an_agent_generates_the_samples() -> None:
     assert resolved(agent_function_path="a.b").custom_generate_function_path == "slime.agent.generate.generate"
+
+
+def test_experts_of_the_rollout_are_experts_that_are_kept() -> None:
+    assert resolved(use_rollout_routing_replay=True).use_routing_replay
+    assert resolved(use_rollout_routing_replay=True, use_rollout_logprobs=True).use_routing_replay
+    assert not resolved().use_routing_replay

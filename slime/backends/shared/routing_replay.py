@@ -98,9 +98,7 @@ class RoutingReplay:
                 f"rollout_routed_experts has (layers, experts of a token) {tuple(batch.routed_experts.shape[1:])}, the "
                 f"model {shape[1:]}"
             )
-        part = batch.routed_experts[places.clamp(min=0)]
-        part[places < 0] = -1
-        return part
+        return batch.routed_experts[places.clamp(min=0)].masked_fill((places < 0)[:, None, None], -1)
 
     def tell(self, batch: PackedBatch) -> None:
         """Have `batch`, on whatever device, know the experts of the last forward that was not trained on."""

@@ -105,8 +105,14 @@ def load_gates(directory: Path) -> set[str]:
     return {f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)}
 
 
-@pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"share_prompts": False}])
-def test_replay_with_recomputation_or_without_shared_prompts_trains_alike(moe: Path, settings: Any) -> None:
+COMPILED = {"torch_compile": True, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_checkpointing": True}, {"share_prompts": False}, pytest.param(COMPILED, marks=pytest.mark.slow)],
+)
+def test_replay_with_recomputation_compiled_or_without_shared_prompts_trains_alike(moe: Path, settings: Any) -> None:
     found = []
     for changes in ({}, settings):
         batches, ours = [one_batch(seed=1), one_batch(seed=2)], loaded(moe, **changes)

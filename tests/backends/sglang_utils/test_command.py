@@ -89,3 +89,10 @@ def test_engines_that_share_the_work_are_told_their_part() -> None:
     assert value_of(decode, "--disaggregation-mode") == "decode"
     assert "--disaggregation-bootstrap-port" not in decode
     assert "--disaggregation-mode" not in command().argv
+
+
+def test_engines_of_the_policy_tell_of_experts_where_these_are_replayed() -> None:
+    flag = "--enable-return-routed-experts"
+    assert flag in command(use_rollout_routing_replay=True).argv
+    assert flag not in command(replace(SPEC, is_frozen=True), use_rollout_routing_replay=True).argv
+    assert flag not in command(use_routing_replay=True).argv
