@@ -64,8 +64,8 @@ def preflight(args: Args) -> Findings:
     if args.use_routing_replay and experts_shape(model.config) is None:
         kind = "rollout-" if args.use_rollout_routing_replay else ""
         raise ConfigError(
-            f"--use-{kind}routing-replay: {args.hf_checkpoint}/config.json has no num_experts_per_tok: the model is "
-            "dense. Drop it."
+            f"--use-{kind}routing-replay: {args.hf_checkpoint}/config.json names no experts: the model is dense. "
+            "Drop it."
         )
     _check_plugins(args)
     num_prompts = _check_prompts(args) if args.rollout_global_dataset else None

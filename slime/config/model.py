@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slime.config.base import ConfigError
 
@@ -30,10 +30,22 @@ def read_model_config(directory: str) -> dict[str, Any]:
     return text
 
 
-def experts_shape(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Layers, and experts of a token in each; None for a dense model."""
-    layers, experts = config.get("num_hidden_layers"), config.get("num_experts_per_tok")
-    return (layers, experts) if isinstance(layers, int) and isinstance(experts, int) else None
+class ExpertsShape(NamedTuple):
+    """Layers of a mixture of experts, experts of a token in each, and experts in all."""
+
+    num_layers: int
+    top_k: int
+    num_experts: int
+
+
+def experts_shape(config: dict[str, Any]) -> ExpertsShape | None:
+    """None for a dense model."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    num_experts = next((config[name] for name in names if config.get(name)), None)
+    num_layers, top_k = config.get("num_hidden_layers"), config.get("num_experts_per_tok")
+    if not (isinstance(num_layers, int) and isinstance(top_k, int) and isinstance(num_experts, int)):
+        return None
+    return ExpertsShape(num_layers, top_k, num_experts)
 
 
 def context_length(config: dict[str, Any]) -> int | None:

@@ -120,12 +120,14 @@ def read_experts(args: Any, sample: Sample, meta_info: dict[str, Any], num_new: 
     assert shape is not None, "settings are checked"
     flat = np.frombuffer(base64.b64decode(encoded), dtype=np.int32)
     num_tokens = len(sample.tokens) + num_new - 1 - num_routed(sample)
-    if flat.size != num_tokens * shape[0] * shape[1]:
+    is_known = flat.size == 0 or (flat.min() >= 0 and flat.max() < shape.num_experts)
+    if not is_known or flat.size != num_tokens * shape.num_layers * shape.top_k:
         raise ValueError(
-            f"--use-rollout-routing-replay: an engine told of {flat.size} experts, {num_tokens} tokens in {shape[0]} "
-            f"layers have {shape[1]} each. Its model must be that of --hf-checkpoint."
+            f"--use-rollout-routing-replay: an engine told of {flat.size} experts up to {flat.max(initial=0)}; "
+            f"{num_tokens} tokens in {shape.num_layers} layers have {shape.top_k} each of {shape.num_experts}. Its "
+            "model must be that of --hf-checkpoint."
         )
-    return flat.reshape(num_tokens, *shape).astype(np.int16)
+    return flat.reshape(num_tokens, shape.num_layers, shape.top_k).astype(np.int16)
 
 
 @functools.lru_cache(maxsize=8)

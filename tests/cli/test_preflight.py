@@ -141,9 +141,7 @@ def test_a_rollout_that_was_not_dumped_is_named_before_anything_starts(
 @pytest.mark.parametrize("flag", ["--use-routing-replay", "--use-rollout-routing-replay"])
 def test_experts_of_a_dense_model_are_refused(make_args: MakeArgs, flag: str, tmp_path: Path) -> None:
     flags = ("--rm-type", "random", flag)
-    with pytest.raises(
-        ValueError, match=f"{flag}: .*config.json has no num_experts_per_tok: the model is dense. Drop it."
-    ):
+    with pytest.raises(ValueError, match=f"{flag}: .*config.json names no experts: the model is dense. Drop it."):
         preflight(make_args([ROW], *flags))
     moe = make_tiny_model(tmp_path / "moe", "qwen3_moe")
     assert preflight(make_args([ROW], *flags, "--hf-checkpoint", str(moe))).num_prompts == 1

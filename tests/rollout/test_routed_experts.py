@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,8 +204,13 @@ def test_an_engine_that_does_not_tell_ends_the_run(make_args: MakeArgs) -> None:
     args = make_args()
     with pytest.raises(ValueError, match="an engine answered without routed_experts"):
         read_experts(args, new_sample(), {"finish_reason": {"type": "stop"}}, 2)
-    with pytest.raises(ValueError, match="an engine told of 1 experts, 1 tokens in 2 layers have 2 each"):
-        read_experts(args, Sample(tokens=[1]), {"routed_experts": "AAAAAA=="}, 1)
+    fifth = base64.b64encode(np.array([0, 1, 2, 4], dtype=np.int32).tobytes()).decode()
+    for encoded, message in (
+        ("AAAAAA==", "told of 1 experts up to 0; 1 tokens in 2"),
+        (fifth, "told of 4 .* up to 4;"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_experts(args, Sample(tokens=[1]), {"routed_experts": encoded}, 1)
 
 
 def test_of_a_request_that_was_aborted_while_it_waited_only_tokens_with_experts_are_kept() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from helpers.megatron_cpu import megatron_on_cpu
 from helpers.megatron_training import make_megatron
+from helpers.model_families import write_tiny_model
 from helpers.routed import NUM_LAYERS, routed_batch, routed_rollouts
 from helpers.tiny_models import make_tiny_model
 from helpers.training import full_weights, make_backend, run_ranks, settings_for
@@ -46,8 +47,8 @@ def loaded(backend: TrainBackend) -> TrainBackend:
     return backend
 
 
-def one_batch(*, with_experts: bool = True) -> PackedBatch:
-    batch = routed_batch()
+def one_batch(*, with_experts: bool = True, **options: Any) -> PackedBatch:
+    batch = routed_batch(**options)
     packed = pack_rows(batch, range(len(batch)), batch.loss_mask / batch.loss_mask.sum())
     packed.routed_experts = packed.routed_experts if with_experts else None
     return packed
@@ -90,6 +91,19 @@ def test_the_engines_experts_are_followed_where_they_are_known(moe: Path) -> Non
     assert (replayed - free).abs().max() > 1e-2
     assert torch.equal(batch.routed_experts[said >= 0], said[said >= 0])
     assert (said < 0).any() and (batch.routed_experts >= 0).all(), "of last tokens, the trainer's choice is kept"
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "qwen3_moe"])
+def test_every_kind_of_router_weighs_the_experts_it_is_told_as_in_transformers(family: str, tmp_path: Path) -> None:
+    num_layers = write_tiny_model(family, tmp_path).config.num_hidden_layers
+    args = settings_for(tmp_path, share_prompts=False, **ROLLOUT)
+    found = []
+    for backend in (loaded(make_backend(args)), loaded(make_megatron(args))):
+        batch = one_batch(vocab_size=64)
+        assert batch.routed_experts is not None
+        batch.routed_experts = batch.routed_experts[:, :num_layers]
+        found.append(backend.log_probs([batch], "actor", entropy=False)[0].log_probs)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("modules", [{"recompute_granularity": "selective", "recompute_modules": ["moe"]}, "full"])
