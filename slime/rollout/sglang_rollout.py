@@ -80,7 +80,7 @@ async def generate(args: Any, sample: Sample, sampling_params: SamplingParams, *
     """
     tokenizer = tokenizer_of(args)
     if not sample.tokens:
-        sample.tokens = encode_prompt(tokenizer, sample)
+        sample.tokens, sample.rollout_routed_experts = encode_prompt(tokenizer, sample), None
     context = args.eval_max_context_len if evaluation else args.rollout_max_context_len
     params = _remaining(sample, sampling_params, context)
     if params["max_new_tokens"] <= 0:
