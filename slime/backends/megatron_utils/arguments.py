@@ -122,5 +122,11 @@ def check_parallelism(cfg: MegatronConfig, num_ranks: int, context: int) -> None
             f"{cfg.expert_model_parallel_size} x --expert-tensor-parallel-size "
             f"{cfg.expert_tensor_parallel_size or tensor} x --pipeline-model-parallel-size {pipeline} = {expert}."
         )
+    if cfg.expert_model_parallel_size == 1 and cfg.expert_tensor_parallel_size not in (None, tensor):
+        # Megatron takes experts for ordinary parameters then, and does not add up the gradients of their copies.
+        raise ConfigError(
+            f"--expert-tensor-parallel-size {cfg.expert_tensor_parallel_size} beside --tensor-model-parallel-size "
+            f"{tensor} needs --expert-model-parallel-size above 1."
+        )
     if cfg.sequence_parallel and tensor == 1:
         raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size above 1.")

@@ -43,6 +43,7 @@ def test_a_flag_that_this_megatron_lacks_is_refused(model: Path) -> None:
         ({"moe_grouped_gemm": True}, "needs Transformer Engine"),
         ({"device": "cpu"}, "Megatron trains on GPUs"),
         ({"expert_model_parallel_size": 3, "device": "cuda"}, "--expert-model-parallel-size 3"),
+        ({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, "--expert-tensor-parallel-size 1 beside"),
     ],
 )
 def test_what_this_backend_cannot_do_is_refused(settings: dict[str, Any], message: str) -> None:
