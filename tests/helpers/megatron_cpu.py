@@ -145,7 +145,7 @@ def _redirect_cuda(patch: pytest.MonkeyPatch) -> None:
         major=9, minor=0, name="cpu", total_memory=16 * GIBIBYTE, multi_processor_count=1
     )
     stand_ins: dict[str, Callable[..., Any]] = {
-        "current_device": lambda: 0,
+        "current_device": lambda: CPU,  # YaRN makes a torch.device of it
         "device_count": lambda: 1,
         "current_stream": lambda *args, **options: stream,
         "default_stream": lambda *args, **options: stream,

@@ -54,9 +54,14 @@ def assert_equal_runs(ours: Path, theirs: Path, *, tolerance: float = 1e-5) -> N
 
 
 def make_megatron(
-    args: Args, *, role: Literal["actor", "critic"] = "actor", device: str = "cpu", **parallel: Any
+    args: Args,
+    *,
+    role: Literal["actor", "critic"] = "actor",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **parallel: Any,
 ) -> TrainBackend:
-    """This rank's backend in float32, not yet loaded.
+    """This rank's backend, not yet loaded.
 
     parallel: fields of MegatronConfig, the context's size, and whether layers are compiled (torch_compile).
     """
@@ -64,7 +69,7 @@ def make_megatron(
 
     args = dataclasses.replace(args, context_parallel_size=parallel.pop("context_parallel_size", 1))
     place = torch.device("cpu") if device == "cpu" else torch.device(device, dist.get_rank())
-    options: dict[str, Any] = {"dtype": torch.float32, "torch_compile": parallel.pop("torch_compile", False)}
+    options: dict[str, Any] = {"dtype": dtype, "torch_compile": parallel.pop("torch_compile", False)}
     return MegatronBackend(args, MegatronConfig(**parallel), place, role=role, **options)
 
 

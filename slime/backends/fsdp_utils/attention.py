@@ -8,10 +8,9 @@ are padded on the right and run as one causal batch: under a causal mask what st
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from slime.backends.fsdp_utils.context_parallel import ContextGroup
 from slime.backends.fsdp_utils.prompt_sharing import Sharing
+from slime.backends.shared.varlen import Lengths, varlen_attention
 
 NAME = "packed"
 _SHORTEST_IN_BUCKET = 0.7  # of the longest: at most 30% of a padded batch is padding
@@ -154,21 +154,14 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [U, heads, D]
     sharing = packing.sharing
     if sharing is not None:
         q, k, v = (tensor.index_select(0, sharing.place) for tensor in (q, k, v))  # [N, heads, D]
-    # torch 2.11 takes grouped heads as they come, later versions want to be told.
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     longest = max(packing.sequence_lengths)
-    cu_seqlens = packing.cu_seqlens
-    window_size = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=window_size, **grouped
-    )
-    return cast(Tensor, out if sharing is None else out[sharing.first])[None]
+    lengths = Lengths(packing.cu_seqlens, packing.cu_seqlens, longest, longest)
+    out = varlen_attention(q, k, v, lengths, scale=scaling, window=window)
+    return (out if sharing is None else out[sharing.first])[None]
 
 
 def register_packed_attention() -> None:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from slime.backends.shared.export import exported_dtype
 from slime.training.backend import NamedTensor
 
 
@@ -22,7 +23,9 @@ def hf_named_tensors(lm: PreTrainedModel, *, dtype: torch.dtype, bucket_bytes: i
     bucket: dict[str, Tensor] = {}
     size = 0
     for name, tensor in _own_tensors(lm):
-        bucket[name] = _full(tensor).to(dtype) if tensor.is_floating_point() else _full(tensor)
+        bucket[name] = _full(tensor)
+        if tensor.is_floating_point():
+            bucket[name] = bucket[name].to(exported_dtype(name, dtype))
         size += bucket[name].nbytes
         if size >= bucket_bytes:
             yield from _under_checkpoint_names(lm, bucket)

@@ -1,14 +1,13 @@
 """Core attention on torch alone: exact over packed sequences, for any context-parallel size.
 
 Megatron's own needs Transformer Engine for either. On a GPU in half precision it is torch's variable-length kernel;
-elsewhere one call for each segment. Shapes: n tokens of this rank, H query heads, K key-value heads, D head width; m
-keys, of all ranks.
+elsewhere one call for each segment. Shapes: n tokens of this rank, H query heads, K key-value heads, D width of queries
+and keys, W of values; m keys, of all ranks.
 """
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from slime.backends.megatron_utils.packing import Packing, Segment
 from slime.backends.megatron_utils.rotary import rotate
+from slime.backends.shared.varlen import Lengths, varlen_attention
 
 
 class PackedAttention(MegatronModule):
@@ -43,7 +43,7 @@ class PackedAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Tensor:
-        """query: [n, H, D]; key, value: [n, K, D]. Returns [n, H * D]."""
+        """query: [n, H, D]; key: [n, K, D]; value: [n, K, W]. Returns [n, H * W]."""
         packing = options["packed_seq_params"]
         assert isinstance(packing, Packing), "attention of sequences that are not packed"
         if packing.rotation is not None and not options.get("is_rotated"):
@@ -52,7 +52,7 @@ class PackedAttention(MegatronModule):
             key, value = (self._keys(tensor, packing.key_index) for tensor in (key, value))
         dropout = self.dropout if self.training else 0.0
         if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0:
-            out = _varlen(query, key, value, packing, self.scale)
+            out = varlen_attention(query, key, value, _lengths(packing), scale=self.scale)
         else:
             out = _by_segment(query, key, value, packing.segments, self.scale, dropout)
         return out.flatten(1)
@@ -79,12 +79,8 @@ def _by_segment(
     return torch.cat(outputs)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    longest = [max(lengths) for lengths in zip(*packing.segments, strict=True)]
-    # torch 2.11 takes grouped heads as they come, later versions want to be told.
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    lengths: tuple[Any, ...] = (packing.cu_queries, packing.cu_keys, *longest)
-    out = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0), **grouped)
-    return cast(Tensor, out)
+def _lengths(packing: Packing) -> Lengths:
+    assert packing.cu_queries is not None
+    assert packing.cu_keys is not None
+    queries, keys = (max(lengths) for lengths in zip(*packing.segments, strict=True))
+    return Lengths(packing.cu_queries, packing.cu_keys, queries, keys)

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -27,7 +26,14 @@ from slime.backends.megatron_utils.compiled_layer import can_compile
 from slime.backends.megatron_utils.folders import Meta, read_meta
 from slime.backends.megatron_utils.gather import gathered_tensors
 from slime.backends.megatron_utils.head import TokenHead, ValueHead
-from slime.backends.megatron_utils.model import Weights, build_chunk, copy_into, host_copy, read_weights
+from slime.backends.megatron_utils.model import (
+    Weights,
+    build_chunk,
+    copy_into,
+    host_copy,
+    in_half_precision,
+    read_weights,
+)
 from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, passed_through_tensors, read_shape
 from slime.backends.megatron_utils.optimizer import (
     gradient_buffers,
@@ -49,6 +55,7 @@ from slime.backends.megatron_utils.rotary import rotation_of
 from slime.backends.megatron_utils.routers import attach_routing_replay, following
 from slime.backends.megatron_utils.sources import Source
 from slime.backends.megatron_utils.stages import num_virtual_stages
+from slime.backends.shared.export import exported_dtype
 from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
 from slime.backends.shared.offload import HostCopy
 from slime.backends.shared.routing_replay import MISMATCH, RoutingReplay, mismatch
@@ -212,7 +219,7 @@ class MegatronBackend:
 
     def _wrapped(self, lm: nn.Module, *, is_first: bool) -> nn.Module:
         """is_first: only of the first stage gradients are worth adding up in several parts; its backward ends last."""
-        half = lm if self.dtype == torch.float32 else Float16Module(self.config, lm)
+        half = lm if self.dtype == torch.float32 else in_half_precision(self.config, lm)
         settings = transformer.ddp_config(self.cfg)
         wrapped: nn.Module = DistributedDataParallel(self.config, settings, half, disable_bucketing=not is_first)
         return wrapped
@@ -394,7 +401,7 @@ class MegatronBackend:
         bucket_bytes = self.run.update_weight_buffer_size
         with self.host_copy.lend(self.chunk.weights().values()):  # also while asleep
             for name, tensor in gathered_tensors(self.chunk, self.shape, bucket_bytes=bucket_bytes):
-                yield NamedTensor(name, tensor.to(self.export_dtype))
+                yield NamedTensor(name, tensor.to(exported_dtype(name, self.export_dtype)))
 
     def copy_weights(self, source: ModelTag, target: ModelTag) -> None:
         with self.host_copy.lend(self.chunk.weights().values()):

@@ -11,15 +11,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from slime.backends.megatron_utils.attention import PackedAttention
 from slime.backends.megatron_utils.compiled_layer import CompiledLayer
+from slime.backends.megatron_utils.latent_attention import LatentAttention
 from slime.backends.megatron_utils.sandwich_norms import SandwichNormLayer
 
 
-def apply_router_without_transformer_engine() -> None:
-    """Define a name that Megatron-core 0.16's router reads, and imports from Transformer Engine alone."""
+def apply_without_transformer_engine() -> None:
+    """Megatron-core 0.16: its router reads a name that is not there then, latent attention takes it as there."""
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
 
 
 class Norm(torch.nn.RMSNorm):
@@ -56,7 +60,10 @@ def block_spec(
         parts.input_layernorm = parts.pre_mlp_layernorm = Norm
         attention = parts.self_attention.submodules
         attention.core_attention = PackedAttention
-        if config.qk_layernorm:
+        if config.multi_latent_attention:
+            parts.self_attention.module = LatentAttention
+            attention.q_layernorm = attention.kv_layernorm = Norm
+        elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = Norm
     block.layer_norm = block.layer_norm if transformer_engine else Norm
     return block

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
-from slime.backends.megatron_utils.layers import apply_router_without_transformer_engine, block_spec
+from slime.backends.megatron_utils.layers import apply_without_transformer_engine, block_spec
 from slime.backends.megatron_utils.names import HFDirectory, ModelShape, ParallelPlace, local_tensor, map_parameter
 from slime.backends.megatron_utils.parallel import place_of
 from slime.backends.megatron_utils.rotary import take_rotation
@@ -56,7 +57,7 @@ def build_chunk(
     device: torch.device,
 ) -> Chunk:
     """This rank's stages, with random weights. options: `transformer.model_options`. compiled: see `can_compile`."""
-    apply_router_without_transformer_engine()
+    apply_without_transformer_engine()
     count = config.virtual_pipeline_model_parallel_size
     lms = []
     for stage in [None] if count is None else range(count):
@@ -100,6 +101,19 @@ def copy_into(chunk: Chunk, weights: Weights) -> None:
     own = chunk.weights()
     for name, tensor in weights.items():
         own[name].copy_(tensor, non_blocking=True)
+
+
+def in_half_precision(config: TransformerConfig, lm: GPTModel) -> nn.Module:
+    """`lm`, in place, in the half precision that the configuration says, but for the corrections that routers add to
+    scores: they stay float32, as in checkpoints, since a bias that is rounded chooses other experts.
+    """
+    corrections = {
+        module: module.expert_bias for module in lm.modules() if getattr(module, "expert_bias", None) is not None
+    }
+    half: nn.Module = Float16Module(config, lm)
+    for router, correction in corrections.items():
+        router.expert_bias = correction
+    return half
 
 
 def host_copy(chunk: Chunk) -> Weights:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.model_arguments import gpt_model_options, transformer_config_fields
@@ -38,8 +38,8 @@ def transformer_config(
     transformer_engine: bool,
 ) -> TransformerConfig:
     """What the layers are made from. Raises ValueError for a model that cannot be built here."""
-    if shape.mla is not None:
-        raise ValueError(f"--train-backend megatron cannot build {shape.family} models: multi-head latent attention")
+    if shape.moe is not None and cfg.tensor_model_parallel_size > 1 and not cfg.sequence_parallel:
+        raise ValueError("--tensor-model-parallel-size: models with experts need --sequence-parallel with it")
     is_cuda = device.type == "cuda"
     fields: dict[str, Any] = {
         "context_parallel_size": context_size,
@@ -53,12 +53,11 @@ def transformer_config(
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": transformer_engine and not shape.rotary_interleaved,
+        "apply_rope_fusion": transformer_engine and not shape.rotary_interleaved and shape.mla is None,
     }
-    further = _further(cfg, TransformerConfig)
-    return TransformerConfig(
-        **fields | transformer_config_fields(shape) | _parallel(cfg, shape) | _settings(cfg) | further
-    )
+    kind = TransformerConfig if shape.mla is None else MLATransformerConfig
+    further = _further(cfg, kind)
+    return kind(**fields | transformer_config_fields(shape) | _parallel(cfg, shape) | _settings(cfg) | further)
 
 
 def _has_compiler() -> bool:
@@ -134,7 +133,7 @@ def optimizer_config(run: OptimizerConfig, cfg: MegatronConfig, *, dtype: torch.
 
 def warn_of_settings_without_effect(cfg: MegatronConfig) -> None:
     """Of --megatron-args and of Megatron's own flags: those of parts of Megatron that slime does not use."""
-    kinds: tuple[Any, ...] = (TransformerConfig, MegatronOptimizerConfig, DistributedDataParallelConfig)
+    kinds: tuple[Any, ...] = (MLATransformerConfig, MegatronOptimizerConfig, DistributedDataParallelConfig)
     known = {item.name for kind in kinds for item in dataclasses.fields(kind)}
     for name in sorted(cfg.megatron_args.keys() & _LATE_GATHERING):
         logger.warning("%s has no effect: weights are read when a step ends", name)

@@ -11,7 +11,7 @@ import torch
 from helpers.megatron_training import STEADY, make_megatron, two_critic_rollouts, two_rollouts
 from helpers.model_families import CONFIGS, write_tiny_model
 from helpers.tiny_models import make_tiny_model
-from helpers.training import full_weights, make_backend, random_batch, settings_for
+from helpers.training import full_weights, make_backend, make_recipe, random_batch, settings_for
 
 from slime.backends.fsdp_utils.backend import FSDPBackend
 from slime.data.packed import pack_rows
@@ -46,15 +46,38 @@ def test_megatron_trains_as_fsdp(architecture: str, settings: dict[str, Any], tm
 
 
 @pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("deepseek_v3", {}),
+        ("deepseek_v3", {"q_lora_rank": None, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}),
+        ("glm4_moe", {}),
+    ],
+)
+def test_experts_chosen_by_sigmoid_and_latent_attention_train_as_with_fsdp(
+    family: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    write_tiny_model(family, tmp_path / "model", vocab_size=320, initializer_range=0.2, **fields)
+    args = settings_for(tmp_path / "model", **STEADY)
+    theirs, ours = make_backend(args), make_megatron(args)
+    assert theirs.load() == ours.load() == 0
+    expected, found = two_rollouts(theirs, args, tmp_path), two_rollouts(ours, args, tmp_path)
+    for ours_of_rollout, theirs_of_rollout in zip(found.metrics, expected.metrics, strict=True):
+        assert ours_of_rollout == pytest.approx(theirs_of_rollout, abs=1e-5, rel=1e-5)
+    assert_close(found.weights, expected.weights)
+
+
+@pytest.mark.parametrize(
     "parallel",
     [
         {"use_distributed_optimizer": True},
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
         {"recompute_granularity": "selective"},
+        {"recompute_granularity": "selective", "recompute_modules": ["mla_up_proj", "core_attn"]},
     ],
 )
-def test_what_saves_memory_changes_nothing(parallel: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    args = settings_for(model, **STEADY)
+def test_what_saves_memory_changes_nothing(parallel: dict[str, Any], tmp_path: Path) -> None:
+    write_tiny_model("deepseek_v3", tmp_path / "model", vocab_size=320, initializer_range=0.2)
+    args = settings_for(tmp_path / "model", **STEADY)
     runs = []
     for settings in ({}, parallel):
         backend = make_megatron(args, **settings)
@@ -63,8 +86,10 @@ def test_what_saves_memory_changes_nothing(parallel: dict[str, Any], model: Path
     assert_close(runs[1].weights, runs[0].weights)
 
 
-def test_packed_sequences_do_not_see_each_other(model: Path) -> None:
-    backend = make_megatron(settings_for(model))
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3", "glm4_moe"])
+def test_packed_sequences_do_not_see_each_other(family: str, tmp_path: Path) -> None:
+    write_tiny_model(family, tmp_path, vocab_size=320, initializer_range=0.2)
+    backend = make_megatron(settings_for(tmp_path))
     backend.load()
     batch = random_batch(seed=3)
     weights = torch.ones(int(batch.response_lengths.sum())).numpy()
@@ -108,8 +133,8 @@ def test_a_critic_learns_as_with_fsdp_and_goes_on_from_its_checkpoint(model: Pat
         make_megatron(dataclasses.replace(args, critic_load=str(tmp_path / "actor")), role="critic").load()
 
 
-@pytest.mark.parametrize("family", [family for family in CONFIGS if family != "deepseek_v3"])
-def test_every_family_that_can_be_built_has_the_log_probs_of_transformers(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_has_the_log_probs_of_transformers(family: str, tmp_path: Path) -> None:
     write_tiny_model(family, tmp_path)
     args = settings_for(tmp_path)
     batch = random_batch(seed=5, vocab_size=64)
@@ -120,3 +145,34 @@ def test_every_family_that_can_be_built_has_the_log_probs_of_transformers(family
         backend.load()
         found.append(backend.log_probs([packed], "actor", entropy=False)[0].log_probs)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-5)
+
+
+def test_corrections_of_routers_keep_their_precision_in_half_precision(tmp_path: Path) -> None:
+    """Loaded, wrapped, used and exported."""
+    hf = write_tiny_model("deepseek_v3", tmp_path / "model", dtype=torch.bfloat16, vocab_size=320)
+    expected = {name: buffer for name, buffer in hf.state_dict().items() if name.endswith("e_score_correction_bias")}
+    assert expected and not any(torch.equal(value, value.bfloat16().float()) for value in expected.values())
+    args = settings_for(tmp_path / "model", bf16=True)
+    theirs, ours = make_backend(args), make_megatron(args, dtype=torch.bfloat16)
+    for backend in (theirs, ours):
+        backend.load()
+        make_recipe(backend, args, tmp_path).train(0, random_batch())  # type: ignore[arg-type]
+        found = full_weights(backend)  # type: ignore[arg-type]
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert {tensor.dtype for name, tensor in found.items() if name not in expected} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01])
+def test_corrections_of_routers_move_at_the_rate_that_megatron_is_given(rate: float, tmp_path: Path) -> None:
+    """By default they stay: the loss of reinforcement learning is the only one."""
+    write_tiny_model("deepseek_v3", tmp_path / "model", vocab_size=320)
+    args = settings_for(tmp_path / "model")
+    backend = make_megatron(args, **({"megatron_args": {"moe_router_bias_update_rate": rate}} if rate else {}))
+    backend.load()
+    before = full_weights(backend)  # type: ignore[arg-type]
+    make_recipe(backend, args, tmp_path).train(0, random_batch())  # type: ignore[arg-type]
+    after = full_weights(backend)  # type: ignore[arg-type]
+    names = [name for name in before if name.endswith("e_score_correction_bias")]
+    moved = torch.stack([(after[name] - before[name]).abs() for name in names])
+    assert len(names) == 3
+    assert moved.max() == pytest.approx(rate, abs=1e-7)

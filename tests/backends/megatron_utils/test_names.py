@@ -25,6 +25,9 @@ from slime.backends.megatron_utils.names import (
     shape_of,
 )
 
+DEEPSEEK = CONFIGS["deepseek_v3"]
+YARN = DEEPSEEK["rope_parameters"]
+
 
 @pytest.fixture(params=CONFIGS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ModelShape, HFDirectory]:
@@ -225,6 +228,13 @@ def test_a_parameter_that_no_table_has_is_named() -> None:
         ({"model_type": "llama", "attention_bias": True}, "attention_bias and mlp_bias must be false"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, "every layer must have experts"),
         ({"model_type": "qwen2", "hidden_act": "gelu"}, "hidden_act must be silu, got gelu"),
+        (DEEPSEEK | {"norm_topk_prob": False}, "norm_topk_prob must be True with num_experts_per_tok 2"),
+        (DEEPSEEK | {"num_experts_per_tok": 1}, "norm_topk_prob must be False with num_experts_per_tok 1"),
+        (DEEPSEEK | {"topk_group": 2}, "num_experts_per_tok 2 must be twice topk_group 2"),
+        (DEEPSEEK | {"rms_norm_eps": 1e-5}, "rms_norm_eps must be 1e-6 for deepseek_v3, got 1e-05"),
+        (DEEPSEEK | {"rope_parameters": CONFIGS["llama"]["rope_parameters"]}, "default or yarn, got llama3"),
+        (DEEPSEEK | {"rope_parameters": YARN | {"mscale": None}}, "both mscale and mscale_all_dim or neither"),
+        (DEEPSEEK | {"rope_parameters": YARN | {"attention_factor": 1.5}}, "no attention_factor"),
     ],
 )
 def test_configs_that_megatron_cannot_express_are_refused(fields: dict[str, object], message: str) -> None:

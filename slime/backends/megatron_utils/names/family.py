@@ -62,6 +62,19 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
             )
         return RopeScaling("llama3", rope["factor"], 8192)
     if kind == "yarn":
-        optional = {name: rope[name] for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim") if name in rope}
-        return RopeScaling("yarn", rope["factor"], rope["original_max_position_embeddings"], **optional)
+        return _yarn(rope)
     raise NameMapError(f"config.json: rope_type must be default, llama3 or yarn, got {kind}.")
+
+
+def _yarn(rope: dict[str, Any]) -> RopeScaling:
+    """Of the ways in which transformers scales attention, those that Megatron-core has too."""
+    mscale, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    is_known = (mscale and of_all) or (not of_all and mscale in (None, 1))
+    if not is_known or rope.get("attention_factor") is not None or not rope.get("truncate", True):
+        raise NameMapError(
+            "config.json: yarn rope scaling must have both mscale and mscale_all_dim or neither, no attention_factor "
+            f"and no truncate, for Megatron-core; got {rope}."
+        )
+    numbers = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    optional = {name: rope[name] for name in numbers if rope.get(name) is not None}
+    return RopeScaling("yarn", rope["factor"], rope["original_max_position_embeddings"], **optional)

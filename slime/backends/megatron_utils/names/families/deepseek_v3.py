@@ -13,10 +13,18 @@ from slime.backends.megatron_utils.names.rows import NORMS, Row, latent_attentio
 def _shape(config: Any) -> ModelShape:
     if config.attention_bias or not config.rope_interleave:
         raise NameMapError("config.json: attention_bias must be false and rope_interleave true for deepseek_v3.")
+    if config.rms_norm_eps != 1e-6:
+        raise NameMapError(
+            f"config.json: rms_norm_eps must be 1e-6 for deepseek_v3, got {config.rms_norm_eps:g}: latent attention of "
+            "transformers has that one in any case, and Megatron-core has one for all norms."
+        )
     mla = MLA(
         config.q_lora_rank, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     )
-    return common_shape(config, moe=sigmoid_experts(config), mla=mla)
+    shape = common_shape(config, moe=sigmoid_experts(config), mla=mla)
+    if shape.rope_scaling is not None and shape.rope_scaling.kind != "yarn":
+        raise NameMapError(f"config.json: rope_type must be default or yarn, got {shape.rope_scaling.kind}.")
+    return shape
 
 
 def _layer_rows(shape: ModelShape, layer: int) -> tuple[Row, ...]:

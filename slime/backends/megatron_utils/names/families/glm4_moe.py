@@ -18,12 +18,20 @@ from slime.backends.megatron_utils.names.rows import (
 
 
 def sigmoid_experts(config: Any) -> MoE:
-    """The experts of GLM-4.5 and DeepSeek-V3."""
-    if not config.norm_topk_prob:
-        raise NameMapError(f"config.json: norm_topk_prob must be true for {config.model_type}.")
+    """The experts of GLM-4.5 and DeepSeek-V3. Raises NameMapError for a routing that is not Megatron-core's."""
+    top_k = config.num_experts_per_tok
+    if bool(config.norm_topk_prob) != (top_k > 1):
+        raise NameMapError(
+            f"config.json: norm_topk_prob must be {top_k > 1} with num_experts_per_tok {top_k}, as in Megatron-core."
+        )
+    if config.n_group > 1 and top_k // config.topk_group != 2:
+        # a group's score: of its best num_experts_per_tok // topk_group there, of its best two in transformers
+        raise NameMapError(
+            f"config.json: num_experts_per_tok {top_k} must be twice topk_group {config.topk_group} for Megatron-core."
+        )
     return MoE(
         config.n_routed_experts,
-        config.num_experts_per_tok,
+        top_k,
         config.moe_intermediate_size,
         shared_ffn_size=config.n_shared_experts * config.moe_intermediate_size,
         num_dense_layers=config.first_k_dense_replace,
