@@ -13,6 +13,7 @@ from torch import Tensor
 from slime.engine.embedded.attention import MIN_ROWS, PagedAttention
 from slime.engine.embedded.kv_cache import PAGE_SIZE, KVCache
 from slime.engine.embedded.plan import Batch, Limits, make_plan
+from slime.engine.embedded.refusal import Refused
 
 HEADS, HEAD_DIM, LAYERS = 2, 8, 2
 CPU = torch.device("cpu")
@@ -128,3 +129,31 @@ def test_padding_tokens_leave_the_dummy_page_finite_and_reach_nobody() -> None:
     again = sequences.run({0: (0, 5)})
     assert torch.equal(first[0], again[0])
     assert bool(sequences.cache.layer(0)[:, :, 0].isfinite().all())
+
+
+@pytest.mark.parametrize("widths", [(8, 5), (5, 8)])
+def test_values_of_another_width_than_keys_are_attended_to_exactly(widths: tuple[int, int]) -> None:
+    """Against the same heads with nothing beside them; the scale is that of the queries' own width."""
+    narrow = Sequences([37], group=2, exact=True)
+    query, key, value = narrow.parts(narrow.tensors[0])
+    cut = [tensor[..., :width] for tensor, width in ((query, widths[0]), (key, widths[0]), (value, widths[1]))]
+    batch = Batch([0] * 37, np.array([0]), np.array([0]), np.array([37]), narrow.table)
+    plan = make_plan(batch, Limits(16, 2 * HEADS, MIN_ROWS, max_decode_pages=40), device=CPU)
+    narrow.attention.plan = plan
+    padding = len(plan.positions) - plan.num_tokens
+    packed = [torch.cat([tensor[0], torch.ones(len(tensor[0]), padding, tensor.shape[-1])], dim=1) for tensor in cut]
+    found, _ = narrow.attention(SimpleNamespace(layer_idx=0), *(tensor[None] for tensor in packed), None)
+    expected = dense(*(tensor[0] for tensor in cut), scale=widths[0] ** -0.5, window=None, softcap=None)
+    torch.testing.assert_close(found[0, :37].transpose(0, 1).double(), expected, rtol=0, atol=1e-6)
+
+
+def test_heads_that_the_config_does_not_say_are_refused() -> None:
+    sequences = Sequences([4], group=1, exact=True)
+    sequences.attention.plan = make_plan(
+        Batch([0] * 4, np.array([0]), np.array([0]), np.array([4]), sequences.table),
+        Limits(16, HEADS, MIN_ROWS, max_decode_pages=40),
+        device=CPU,
+    )
+    heads = torch.zeros(1, HEADS, 4, HEAD_DIM + 1)
+    with pytest.raises(Refused, match=r"keys of \[2, 9\] and values of \[2, 9\] .* the config says \[2, 8\]"):
+        sequences.attention(SimpleNamespace(layer_idx=0), heads, heads, heads, None)

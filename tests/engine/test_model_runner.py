@@ -35,18 +35,15 @@ SERVED: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "mixtral": {"num_local_experts": 4},
     "glm4_moe": EXPERTS | {"head_dim": 16, "first_k_dense_replace": 1},
+    "deepseek_v3": EXPERTS
+    | {"n_group": 1, "topk_group": 1, "kv_lora_rank": 24, "q_lora_rank": 32, "num_key_value_heads": 4}
+    | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1},
 }
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({}, "layers of type mamba"),
     "gpt_oss": ({"head_dim": 16, "num_local_experts": 4}, "more than causal attention"),
     "bloom": ({"n_layer": 2, "n_head": 4}, "attention cannot be replaced"),
-    "deepseek_v3": (
-        EXPERTS
-        | {"n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 32, "num_key_value_heads": 4}
-        | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
-        r"keys of \[4, 24\] and values of \[4, 16\]",
-    ),
 }
 
 

@@ -1,7 +1,8 @@
 """Attention of packed tokens over the paged cache, called by Hugging Face's model code in place of its own.
 
 Legend: T tokens of a pass, Hq query and H key-value heads, G = Hq / H, D head dimension; S, Q, K: a block's sequences,
-queries, keys.
+queries, keys. Where values are of another width than queries and keys, as in latent attention, D is the larger of the
+two and zeros stand behind the narrower: they add nothing.
 
 Exactness. In float32 on a CPU a token's result must not depend, to the bit, on its neighbours. Matrix products sum
 in an order that depends on the shape only below 4 rows and beyond 192 summands (MKL in its strict mode, which the
@@ -48,21 +49,23 @@ class PagedAttention(threading.local):
         softcap: float | None = None,
         **_unused: object,
     ) -> tuple[Tensor, None]:
-        """Stores key and value [1, H, T, D], attends with query [1, Hq, T, D]; returns [1, T, Hq, D]."""
+        """Stores key and value [1, H, T, <= D], attends with query [1, Hq, T, <= D]; returns [1, T, Hq, <= D]."""
         plan = self.plan
         assert plan is not None, "the model ran without a plan"
         pool = self._cache.layer(module.layer_idx)
         _, num_heads, _, _, head_dim = pool.shape
-        if not key.shape[1::2] == value.shape[1::2] == (num_heads, head_dim):
+        width, value_width = query.shape[-1], value.shape[-1]
+        if not key.shape[1] == value.shape[1] == num_heads or max(key.shape[-1], value_width) != head_dim:
             raise Refused(
                 f"the embedded engine cannot serve attention with keys of {list(key.shape[1::2])} and values of "
                 f"{list(value.shape[1::2])} (heads, dimension): the config says {[num_heads, head_dim]}. "
                 "Use SGLang for it."
             )
         slots = pool.view(2, num_heads, -1, head_dim)
+        query, key, value = (_widened(tensor, head_dim) for tensor in (query, key, value))
         slots[0].index_copy_(1, plan.slots, key[0])
         slots[1].index_copy_(1, plan.slots, value[0])
-        scale = scaling if scaling is not None else head_dim**-0.5
+        scale = scaling if scaling is not None else width**-0.5
         output = query.new_empty(query.shape[2] + 1, query.shape[1], head_dim)
         output[plan.num_tokens :] = 0  # else padding could bring a NaN into the dummy page, and from there to others
         for block in plan.blocks:
@@ -71,7 +74,7 @@ class PagedAttention(threading.local):
                 _queries(query[0], block, num_heads), keys, values, block.bias(sliding_window), scale, softcap
             )
             _scatter(output, result, block)
-        return output[None, :-1], None
+        return output[None, :-1, :, :value_width], None
 
     def _gather(self, pool: Tensor, block: Block) -> Tensor:
         """The block's pages side by side: [2, H, S, K, D] of pool [2, H, N, P, D], in memory that is used again."""
@@ -82,6 +85,10 @@ class PagedAttention(threading.local):
         target = self._scratch[:size].view(2 * num_heads, len(block.pages), page_size * head_dim)
         torch.index_select(pool.view(2 * num_heads, num_pages, -1), 1, block.pages, out=target)
         return target.view(2, num_heads, block.num_sequences, block.num_keys, head_dim)
+
+
+def _widened(heads: Tensor, width: int) -> Tensor:
+    return heads if heads.shape[-1] == width else functional.pad(heads, (0, width - heads.shape[-1]))
 
 
 def attend_exactly(

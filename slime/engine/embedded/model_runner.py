@@ -162,13 +162,20 @@ class ModelRunner:
     def _make_cache(self, args: ServerArgs) -> KVCache:
         config = self.text_config
         num_heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        head_dim = _head_dim(config)
         layers = int(config.num_hidden_layers)
         bytes_per_token = 2 * layers * num_heads * head_dim * self.dtype.itemsize
         num_tokens = args.max_total_tokens or _cache_tokens(args, self, bytes_per_token)
         if num_tokens < PAGE_SIZE:
             raise Refused(f"the free memory holds {num_tokens} tokens of key-value cache; raise --mem-fraction-static.")
         return KVCache(layers, num_heads, head_dim, num_tokens=num_tokens, dtype=self.dtype, device=self.device)
+
+
+def _head_dim(config: Any) -> int:
+    """Of the cache: with latent attention queries and keys are of another width than values."""
+    if getattr(config, "kv_lora_rank", None):
+        return int(max(config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim))
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _cache_tokens(args: ServerArgs, runner: ModelRunner, bytes_per_token: int) -> int:
