@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from slime.engine.client import EngineClient
 from slime.utils.files import fsync_tree
+from slime.utils.mtp import NO_NAMES, mtp_names
 from slime.weight_sync.engine_calls import EngineCalls
 
 SHARD_BYTES = 4 * 2**30
@@ -26,7 +28,8 @@ def write_hf_directory(
     """Write a directory that `transformers` loads; complete or absent.
 
     tensors: full tensors under Hugging Face names; every rank iterates to the end, since gathering is a collective.
-    assets: Hugging Face directory whose config and tokenizer files are copied. is_writer: this rank writes.
+    assets: Hugging Face directory whose config and tokenizer files are copied, and whose layers for multi-token
+    prediction, which nobody trains. is_writer: this rank writes.
     is_durable: force it to the disk before it gets its name.
     """
     if not is_writer:
@@ -37,7 +40,7 @@ def write_hf_directory(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write_shards(tensors, temporary)
+        _write_shards(chain(tensors, _mtp_tensors(Path(assets))), temporary)
         copy_assets(Path(assets), temporary)
         if is_durable:
             fsync_tree(temporary)
@@ -72,6 +75,19 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> Non
     weight_map = {name: f"model-{i + 1:05d}.safetensors" for i, names in enumerate(shards) for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _mtp_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Of a Hugging Face directory; none where it holds no weights."""
+    names = mtp_names(json.loads((directory / "config.json").read_text()))
+    index = directory / "model.safetensors.index.json"
+    if names.pattern == NO_NAMES:
+        return
+    listed = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
+    for path in sorted({directory / name for name in listed} or directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in filter(names.fullmatch, file.keys()):
+                yield name, file.get_tensor(name)
 
 
 def copy_assets(source: Path, target: Path) -> None:

@@ -93,6 +93,24 @@ def write_tiny_model(name: str, directory: Path, *, max_shard_size: str = "1GB",
     return model
 
 
+def write_tiny_model_with_mtp(name: str, directory: Path, *, num_mtp_layers: int = 1, **more: Any) -> set[str]:
+    """The same with layers for multi-token prediction behind the model's own. Returns their names."""
+    write_tiny_model(name, directory, num_nextn_predict_layers=num_mtp_layers, **more)
+    (path,) = directory.glob("*.safetensors")
+    tensors = load_file(path)
+    last = _DENSE["num_hidden_layers"] - 1
+    like = {key.removeprefix(f"model.layers.{last}."): value for key, value in tensors.items() if f"s.{last}." in key}
+    embedding = tensors["model.embed_tokens.weight"]
+    hidden = embedding.shape[1]
+    like |= {"embed_tokens.weight": embedding, "shared_head.head.weight": embedding}
+    like |= {key: torch.ones(hidden) for key in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
+    like |= {"eh_proj.weight": torch.ones(hidden, 2 * hidden)}
+    layers = range(last + 1, last + 1 + num_mtp_layers)
+    added = {f"model.layers.{layer}.{key}": torch.randn_like(value) for layer in layers for key, value in like.items()}
+    edit_weights(directory, add=added)
+    return set(added)
+
+
 def edit_weights(directory: Path, *, add: dict[str, torch.Tensor] | None = None, remove: str | None = None) -> None:
     """Adds or removes tensors of a directory with one file of weights."""
     (path,) = directory.glob("*.safetensors")

@@ -94,6 +94,7 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig, *, fp16: bool) -> None:
     is_on_cpu = run.device == "cpu" and cfg.custom_megatron_init_path is None
     for is_refused, what in (
         (is_on_cpu, "--device cpu: Megatron trains on GPUs"),
+        ("mtp_num_layers" in cfg.megatron_args, "--mtp-num-layers: layers for multi-token prediction are not trained"),
         (fp16, "--fp16: the Megatron backend computes in bfloat16 or float32"),
         (run.async_save, "--async-save: the Megatron backend saves before it goes on"),
         (cfg.ckpt_format == "torch", "--ckpt-format torch: checkpoints are written as torch_dist"),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +33,7 @@ from slime.backends.megatron_utils.model import (
     in_half_precision,
     read_weights,
 )
-from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, passed_through_tensors, read_shape
+from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, read_shape
 from slime.backends.megatron_utils.optimizer import (
     gradient_buffers,
     make_optimizer,
@@ -230,7 +229,7 @@ class MegatronBackend:
         if run.save_hf is not None:
             directory = Path(run.save_hf.format(rollout_id=rollout_id))
             is_writer = self.layout.is_reporter
-            tensors = chain(self.hf_tensors(), self._passed_through() if is_writer else ())
+            tensors = self.hf_tensors()
             write_hf_directory(tensors, directory, assets=run.hf_checkpoint, is_writer=is_writer, is_durable=True)
         meta = Meta(rollout_id, self.num_steps, schedule_of(run, self._total_steps()), self.role)
         with checkpoint.new_checkpoint(run.save, meta) as folder:
@@ -239,11 +238,6 @@ class MegatronBackend:
             for tag in sorted(self.moved):
                 with self._weights_of(tag):
                     checkpoint.write(folder / tag, self.chunk.lms)
-
-    def _passed_through(self) -> Iterable[tuple[str, Tensor]]:
-        """What Megatron's model has not, such as layers for multi-token prediction, from --hf-checkpoint."""
-        origin = Path(self.run.hf_checkpoint)
-        return passed_through_tensors(self.shape, HFDirectory(origin)) if any(origin.glob("*.safetensors")) else ()
 
     def finish_save(self) -> None:
         """Saves are complete when they return."""

@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import PreTrainedModel
 
 from slime.utils.checksum import tensor_checksum
+from slime.utils.mtp import mtp_names
 
 
 class WeightsRefused(ValueError):
@@ -55,6 +56,7 @@ class ModelWeights:
             for pattern in rule.source_patterns
         }
         self._aliases = _aliases(model)
+        self._is_mtp = mtp_names(model.config.to_dict()).fullmatch
         self._parameter_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self.shapes = self._checkpoint_shapes()
         self._parts: dict[str, int] = {}
@@ -106,14 +108,14 @@ class ModelWeights:
         for path in files:
             try:
                 with safe_open(path, "pt") as file:
-                    shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in _names(file)}
+                    shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in self._names(file)}
             except (SafetensorError, OSError) as error:
                 raise WeightsRefused(f"{path} cannot be read: {error}") from error
         self.check(shapes, origin=folder, complete=True)
         self._waiting.clear()
         for path in files:
             with safe_open(path, "pt") as file:
-                self.load((name, file.get_tensor(name)) for name in _names(file))
+                self.load((name, file.get_tensor(name)) for name in self._names(file))
         self._source = folder
 
     # memory
@@ -191,6 +193,11 @@ class ModelWeights:
                 self._store(parameters, name, value[0] if isinstance(value, list) else value)
         self._stale.discard(place.parameter)
 
+    def _names(self, file: Any) -> list[str]:
+        """The names in an open safetensors file, but for layers for multi-token prediction, which no model here has."""
+        names: list[str] = file.keys()  # of what is no mapping
+        return [name for name in names if not self._is_mtp(name)]
+
     def _place(self, name: str) -> _Place:
         if name in self._parameter_shapes:
             return _Place(self._aliases.get(name, name), None)
@@ -222,12 +229,6 @@ def _aliases(model: PreTrainedModel) -> dict[str, str]:
         if known != name:
             aliases[name] = known
     return aliases
-
-
-def _names(file: Any) -> list[str]:
-    """The names in an open safetensors file, which is no mapping."""
-    names: list[str] = file.keys()
-    return names
 
 
 def checkpoint_files(folder: str) -> list[Path]:

@@ -92,14 +92,6 @@ def test_the_older_torch_format_is_converted_without_running_its_pickled_classes
     assert same_tensors(tmp_path / "hf", tmp_path / "back")
 
 
-def test_layers_for_multi_token_prediction_come_from_the_original_directory(tmp_path: Path) -> None:
-    write_tiny_model("glm4_moe", tmp_path / "hf")
-    edit_weights(tmp_path / "hf", add={"model.layers.4.eh_proj.weight": torch.randn(32, 64)})
-    hf_to_torch_dist(tmp_path / "hf", tmp_path / "megatron")
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", origin=tmp_path / "hf")
-    assert same_tensors(tmp_path / "hf", tmp_path / "back")
-
-
 def test_a_stored_copy_of_tied_weights_must_be_one_and_is_written_again(tmp_path: Path) -> None:
     model = write_tiny_model("qwen2-tied", tmp_path / "hf")
     edit_weights(tmp_path / "hf", add={"lm_head.weight": model.model.embed_tokens.weight.detach().clone()})

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers.model_families import CONFIGS
+from transformers import AutoConfig
 
 from slime.arguments import Args
-from slime.backends.megatron_utils.arguments import check_megatron
+from slime.backends.megatron_utils.arguments import MegatronConfig, check_megatron
 from slime.backends.megatron_utils.find import find_megatron
 from slime.backends.megatron_utils.flags import further_settings
+from slime.backends.megatron_utils.names import shape_of
 from slime.config.base import ConfigError
 
 RIGHT = ["--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128", "--num-attention-heads", "4"]
@@ -39,6 +43,7 @@ def test_a_flag_that_this_megatron_lacks_is_refused(model: Path) -> None:
         ({"ckpt_format": "torch"}, "--ckpt-format torch"),
         ({"async_save": True, "save": "x"}, "--async-save"),
         ({"fp16": True}, "--fp16"),
+        ({"megatron_args": {"mtp_num_layers": 1}}, "--mtp-num-layers: layers for .* are not trained"),
         ({"advantage_estimator": "ppo", "critic_num_gpus_per_node": 3, "tensor_model_parallel_size": 2}, "The 3 ranks"),
         ({"moe_grouped_gemm": True}, "needs Transformer Engine"),
         ({"device": "cpu"}, "Megatron trains on GPUs"),
@@ -66,3 +71,15 @@ def test_what_is_found_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("MEGATRON_PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="holds no megatron/core"):
         find_megatron()
+
+
+def test_experts_on_tensor_parallel_ranks_need_sequence_parallel() -> None:
+    from slime.backends.megatron_utils.transformer import transformer_config
+
+    shape = shape_of(AutoConfig.for_model(**CONFIGS["deepseek_v3"]))
+    cfg = MegatronConfig(tensor_model_parallel_size=2)
+    options: dict[str, Any] = {"context_size": 1, "dtype": torch.float32, "device": torch.device("cpu")}
+    with pytest.raises(ValueError, match="models with experts need --sequence-parallel"):
+        transformer_config(shape, cfg, transformer_engine=False, **options)
+    cfg = dataclasses.replace(cfg, sequence_parallel=True)
+    assert transformer_config(shape, cfg, transformer_engine=False, **options).sequence_parallel

@@ -21,7 +21,6 @@ from slime.backends.megatron_utils.names import (
     NameMapError,
     all_parameters,
     hf_tensors,
-    passed_through_tensors,
     read_shape,
 )
 from slime.weight_sync.disk import write_hf_directory
@@ -113,7 +112,7 @@ def _check_shape(parameter: Mapped, slot: Slot, stored: tuple[int, ...]) -> None
 def _all_tensors(
     parameters: Iterator[Sharded], shape: ModelShape, origin: Path, progress: Callable[[str], None]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Those of Megatron, then those that pass through."""
+    """Those that Megatron's parameters make up."""
     missing = {name for parameter in all_parameters(shape) for name, _ in parameter.hf}
     source = HFDirectory(origin) if any(origin.glob("*.safetensors")) else None
     has_tied_copy = source is not None and shape.tied and "lm_head.weight" in source.shapes
@@ -126,8 +125,6 @@ def _all_tensors(
                 yield "lm_head.weight", tensor.clone()
     if missing:
         raise NameMapError(f"tensor {min(missing)} is missing in the checkpoint")
-    if source is not None:
-        yield from passed_through_tensors(shape, source)
 
 
 def _check_room(directory: Path, shape: ModelShape, folder: Path) -> None:

@@ -21,10 +21,10 @@ or of Transformer Engine's (`self_attention.linear_qkv.layer_norm_weight`), expe
 Use `state_dict()`, not `named_parameters()`: the
 router's `expert_bias` is a buffer. A second copy of tied weights (`output_layer.weight` of the last stage) is loaded
 from the embedding, and `hf_tensors` returns [] for it. Of a parameter that is not sharded `hf_tensors` returns the
-tensor itself, not a copy. `passed_through_tensors` are what `--save-hf` adds: layers for multi-token prediction.
+tensor itself, not a copy.
 """
 
-from slime.backends.megatron_utils.names.accounting import check_checkpoint, passed_through, passed_through_tensors
+from slime.backends.megatron_utils.names.accounting import check_checkpoint, passed_through
 from slime.backends.megatron_utils.names.families import FAMILIES, Family
 from slime.backends.megatron_utils.names.hf_directory import HFDirectory
 from slime.backends.megatron_utils.names.mapping import (
@@ -54,7 +54,6 @@ __all__ = [
     "local_tensor",
     "map_parameter",
     "passed_through",
-    "passed_through_tensors",
     "read_shape",
     "shape_of",
 ]

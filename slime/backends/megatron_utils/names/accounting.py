@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor
-
-from slime.backends.megatron_utils.names.hf_directory import HFDirectory
 from slime.backends.megatron_utils.names.mapping import all_parameters
 from slime.backends.megatron_utils.names.model_shape import ModelShape, NameMapError
-from slime.backends.megatron_utils.names.shape import family_of
+from slime.utils.mtp import mtp_names
 
 _BUFFERS = r".*\.rotary_emb\.inv_freq"  # some old checkpoints hold what the model computes
 
@@ -33,17 +30,7 @@ def check_checkpoint(shape: ModelShape, found: Mapping[str, Sequence[int]]) -> N
 
 def passed_through(shape: ModelShape, names: Iterable[str]) -> list[str]:
     """Those of an HF checkpoint's tensors that no Megatron parameter is made of: MTP layers, a tied output's copy."""
-    patterns = [pattern.replace("{num_layers}", str(shape.num_layers)) for pattern in family_of(shape).passed_through]
-    patterns += [_BUFFERS, *([r"lm_head\.weight"] if shape.tied else [])]
+    layers = {"num_hidden_layers": shape.num_layers, "num_nextn_predict_layers": shape.num_mtp_layers}
+    patterns = [_BUFFERS, mtp_names(layers).pattern, *([r"lm_head\.weight"] if shape.tied else [])]
     matches = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
     return sorted(name for name in names if matches.fullmatch(name))
-
-
-def passed_through_tensors(shape: ModelShape, original: HFDirectory) -> Iterator[tuple[str, Tensor]]:
-    """Tensors to add to what Megatron's parameters make up, so that an HF directory is as complete as the original one.
-
-    Those of tied weights are not among them: they would be old.
-    """
-    for name in passed_through(shape, original.shapes):
-        if name != "lm_head.weight":
-            yield name, original.tensor(name)

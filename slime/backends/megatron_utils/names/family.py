@@ -12,15 +12,10 @@ from slime.backends.megatron_utils.names.rows import Row
 
 @dataclass(frozen=True)
 class Family:
-    """shape: from a transformers config. layer_rows: the parameters of a decoder layer (from 0).
-
-    passed_through: patterns of HF tensors that belong to no layer of the model (`re.fullmatch`); "{num_layers}" is
-    filled in. They are left alone: not loaded, and copied where a directory is written from an original one.
-    """
+    """shape: from a transformers config. layer_rows: the parameters of a decoder layer (from 0)."""
 
     shape: Callable[[Any], ModelShape]
     layer_rows: Callable[[ModelShape, int], tuple[Row, ...]]
-    passed_through: tuple[str, ...] = ()
 
 
 def common_shape(config: Any, **more: Any) -> ModelShape:
@@ -40,6 +35,7 @@ def common_shape(config: Any, **more: Any) -> ModelShape:
         "rotary_base": rope["rope_theta"],
         "rope_scaling": _rope_scaling(rope),
         "tied": bool(config.tie_word_embeddings),
+        "num_mtp_layers": getattr(config, "num_nextn_predict_layers", None) or 0,
     }
     if config.hidden_act != "silu":
         raise NameMapError(f"config.json: hidden_act must be silu, got {config.hidden_act}.")

@@ -72,6 +72,7 @@ class ModelShape:
     sandwich_norms: bool = False  # norms after attention and after the MLP too
     moe: MoE | None = None
     mla: MLA | None = None
+    num_mtp_layers: int = 0  # behind the others, for multi-token prediction: neither loaded nor trained
 
     def has_experts(self, layer: int) -> bool:
         """Whether the MLP of a layer (from 0) is made of experts."""

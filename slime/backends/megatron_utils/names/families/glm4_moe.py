@@ -62,4 +62,4 @@ def _layer_rows(shape: ModelShape, layer: int) -> tuple[Row, ...]:
     return (*NORMS, *attention(shape), *mlp_rows(shape, layer))
 
 
-FAMILY = Family(_shape, _layer_rows, passed_through=(r"model\.layers\.{num_layers}\..*",))
+FAMILY = Family(_shape, _layer_rows)
