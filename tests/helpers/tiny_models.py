@@ -58,6 +58,10 @@ def tiny_config(architecture: str = "qwen3", **overrides: Any) -> dict[str, Any]
         fields["head_dim"] = 16
     if architecture.endswith("_moe"):
         fields |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    if architecture == "deepseek_v3":
+        fields |= {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16}
+        fields |= {"qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 1, "moe_intermediate_size": 32}
+        fields |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
     return fields | overrides
 
 

@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "llama": {},
     "qwen3_moe": {},
+    "deepseek_v3": {},  # values narrower than keys
     "qwen3 tied": {"tie_word_embeddings": True},
     "qwen2 sliding window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
 }

@@ -52,6 +52,7 @@ def test_a_rank_without_samples_shares_nothing() -> None:
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen3_moe": {},
+    "deepseek_v3": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
 }
 

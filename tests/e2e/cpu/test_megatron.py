@@ -6,9 +6,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.cpu.helpers.runs import Starter
+from tests.helpers.model_families import write_tiny_model_with_mtp
+from tests.helpers.tiny_models import make_tokenizer
 
 MEGATRON = (
     *("--train-backend", "megatron", "--custom-megatron-init-path", "megatron_here.init"),
@@ -59,4 +62,28 @@ def test_actor_and_critic_take_turns_with_megatron(start: Starter) -> None:
     losses = [metrics["train/value_loss"] for metrics in run.metrics("train/step")]
     assert len(losses) == 2
     assert all(loss > 0 for loss in losses)
+    run.leaves_nothing()
+
+
+@pytest.mark.slow
+def test_deepseek_v3_learns_and_its_engine_follows(start: Starter) -> None:
+    """Latent attention in trainer and engine; layers for multi-token prediction stay what they were."""
+    model = start.folder / "deepseek"
+    mtp = write_tiny_model_with_mtp("deepseek_v3", model, vocab_size=320, initializer_range=0.2)
+    make_tokenizer().save_pretrained(model)
+    save = start.folder / "ckpt"
+    run = start(
+        *("--train-backend", "megatron", "--custom-megatron-init-path", "megatron_here.init"),
+        *("--hf-checkpoint", str(model), "--check-weight-update-equal", "--rollout-max-response-len", "32"),
+        *("--save", str(save), "--save-hf", str(save / "hf_{rollout_id}")),
+    ).succeeds()
+    gaps = [metrics["train/train_rollout_logprob_abs_diff"] for metrics in run.metrics("train/step")]
+    assert len(gaps) == 2
+    assert max(gaps) < 1e-4
+    before = load_file(model / "model.safetensors")
+    after = load_file(save / "hf_1" / "model-00001.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("kv_a_proj" in name for name in changed)
+    assert not mtp & changed
     run.leaves_nothing()
