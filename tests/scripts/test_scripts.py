@@ -7,14 +7,33 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.tiny_models import make_tiny_model
+import torch
+from helpers.tiny_models import make_tiny_model, make_tokenizer
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from scripts.random_checkpoint import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
+HERE = ("--rollout-engine", "embedded", "--rollout-num-gpus-per-engine", "1", "--device", "cpu")
+WITH_MEGATRON = ("--custom-megatron-init-path", "what.trains.without.a.gpu")
+
+
+def make_tiny_qwen(path: Path) -> Path:
+    return make_tiny_model(path, max_position_embeddings=32768)
+
+
+def make_published_shape(path: Path) -> Path:
+    """DeepSeek-V3's config.json, whose numbers model arguments are compared with, and one of its tensors."""
+    AutoConfig.for_model(**SHAPES["deepseek-v3"]).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    save_file({"model.norm.weight": torch.ones(7168)}, path / "model.safetensors")
+    return path
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("run-*.sh")), ids=lambda path: path.stem)
 def test_a_script_passes_the_dry_run(path: Path, tmp_path: Path) -> None:
-    model = make_tiny_model(tmp_path / "model", max_position_embeddings=32768)
+    model = make_published_shape(tmp_path / "model") if "deepseek" in path.stem else make_tiny_qwen(tmp_path / "model")
     row = {"prompt": [{"role": "user", "content": "1 + 1"}], "label": "2"}
     data = tmp_path / "data.jsonl"
     data.write_text((json.dumps(row) + "\n") * 32)
@@ -22,7 +41,7 @@ def test_a_script_passes_the_dry_run(path: Path, tmp_path: Path) -> None:
     environment = os.environ | {name: str(value) for name, value in names.items()}
     environment.pop("WANDB_API_KEY", None)
     result = subprocess.run(
-        ["bash", path, "--dry-run", "--rollout-engine", "embedded", "--device", "cpu"],
+        ["bash", path, "--dry-run", *HERE, *(WITH_MEGATRON if path.stem.endswith("megatron") else ())],
         env=environment,
         capture_output=True,
         text=True,

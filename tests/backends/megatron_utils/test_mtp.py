@@ -72,12 +72,18 @@ def test_a_trained_model_is_saved_with_them(trainer: str, published: tuple[Path,
 
 
 def test_conversion_brings_them_back(published: tuple[Path, set[str]], tmp_path: Path) -> None:
+    """From what `slime convert` wrote, and from what a run that loaded it saved."""
     model, names = published
-    hf_to_torch_dist(model, tmp_path / "dist")
-    megatron_to_hf(tmp_path / "dist", tmp_path / "back", origin=model)
-    before, after = tensors_of(model), tensors_of(tmp_path / "back")
-    assert before.keys() == after.keys() > names
-    assert same(before, after, set(before))
+    hf_to_torch_dist(model, tmp_path / "converted")
+    backend = make_megatron(settings_for(model, load=str(tmp_path / "converted"), save=str(tmp_path / "saved")))
+    backend.load()
+    backend.save(0)
+    before = tensors_of(model)
+    for folder in ("converted", "saved"):
+        megatron_to_hf(tmp_path / folder, tmp_path / f"{folder}_back", origin=model)
+        after = tensors_of(tmp_path / f"{folder}_back")
+        assert before.keys() == after.keys() > names
+        assert same(before, after, set(before))
 
 
 @pytest.mark.parametrize("trainer", ["megatron", "fsdp"])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from helpers.megatron_cpu import megatron_on_cpu
 from helpers.megatron_training import STEADY, Run, make_megatron, two_rollouts
 from helpers.model_families import write_tiny_model
-from helpers.training import make_backend, run_ranks, settings_for
+from helpers.training import full_weights, make_backend, run_ranks, settings_for
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +20,7 @@ SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "sequence": SEQUENCE,
     "pipeline": {"pipeline_model_parallel_size": 2},
+    "virtual_stages": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
     "context": {"context_parallel_size": 2},
     "experts": {"expert_model_parallel_size": 2, "use_distributed_optimizer": True},
     "sequence_and_experts": {**SEQUENCE, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
@@ -35,10 +36,11 @@ CASES = [(model, layout) for model in MODELS for layout in LAYOUTS]
 def two_ranks_body(work: Path) -> None:
     with megatron_on_cpu():
         for model, layout in CASES:
-            args = settings_for(work / model, **STEADY | DYNAMIC)
+            args = settings_for(work / model, save=str(work / f"{model}_{layout}"), **STEADY | DYNAMIC)
             backend = make_megatron(args, **LAYOUTS[layout])
             backend.load()
             run = two_rollouts(backend, args, work)
+            backend.save(1)
             if dist.get_rank() == 0:
                 torch.save(tuple(run), work / f"{model}_{layout}.pt")
 
@@ -64,3 +66,12 @@ def test_two_ranks_of_megatron_train_as_one_of_fsdp(model: str, layout: str, run
     assert ours.weights.keys() == theirs.weights.keys()
     for name, tensor in ours.weights.items():
         torch.testing.assert_close(tensor, theirs.weights[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_rank_reads_what_two_saved(layout: str, runs: Path) -> None:
+    args = settings_for(runs / "deepseek_v3", load=str(runs / f"deepseek_v3_{layout}"), no_load_optim=True)
+    backend = make_megatron(args)
+    assert backend.load() == 2
+    saved = Run(*torch.load(runs / f"deepseek_v3_{layout}.pt")).weights
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in full_weights(backend).items())  # type: ignore[arg-type]
