@@ -25,6 +25,11 @@ class LatentAttention(MLASelfAttention):
             self.linear_q_down_proj = WholeLinear(config, config.q_lora_rank)
         self.linear_kv_down_proj = WholeLinear(config, config.kv_lora_rank + config.qk_pos_emb_head_dim)
 
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """The spec's modules, as they are. Megatron-LM after 0.16 would norm queries that have no low rank."""
+        projections = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+        return {name: getattr(submodules, name) for name in (*projections, "q_layernorm", "kv_layernorm")}
+
 
 class WholeLinear(nn.Module):
     """A projection that each tensor-parallel rank holds. Its gradient is added up over their parts of the sequence."""

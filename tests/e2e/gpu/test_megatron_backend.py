@@ -30,18 +30,25 @@ GPU = torch.device("cuda", 0)
 LENGTHS = [704, 4, 36, 512, 92]
 
 
+@pytest.mark.parametrize("widths", [(64, 64), (192, 128), (20, 36)])
 @pytest.mark.parametrize("context_rank", [0, 1])
-def test_the_kernel_aligns_the_queries_of_a_context_parallel_rank_with_the_end_of_their_keys(context_rank: int) -> None:
-    from slime.backends.megatron_utils.attention import _by_segment, _varlen
+def test_the_kernel_aligns_the_queries_of_a_context_parallel_rank_with_the_end_of_their_keys(
+    context_rank: int, widths: tuple[int, int]
+) -> None:
+    """widths: of keys, and of values, which latent attention has narrower."""
+    from slime.backends.megatron_utils.attention import _by_segment, _lengths
     from slime.backends.megatron_utils.packing import Split, _packing
+    from slime.backends.shared.varlen import varlen_attention
 
     packing = _packing(LENGTHS, Split(context_rank, 2), GPU, on_device=False)
     num_queries, num_keys = (sum(lengths) for lengths in zip(*packing.segments, strict=True))
     torch.manual_seed(0)
-    shapes = [(num_queries, 8, 64), (num_keys, 2, 64), (num_keys, 2, 64)]
+    width, value_width = widths
+    shapes = [(num_queries, 8, width), (num_keys, 2, width), (num_keys, 2, value_width)]
     ours = [torch.randn(shape, device=GPU, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     theirs = [tensor.detach().float().requires_grad_() for tensor in ours]
-    out, reference = _varlen(*ours, packing, None), _by_segment(*theirs, packing.segments, None, 0.0)
+    out = varlen_attention(*ours, _lengths(packing), scale=None)
+    reference = _by_segment(*theirs, packing.segments, None, 0.0)
     weight = torch.randn_like(reference)
     (out.float() * weight).sum().backward()
     (reference * weight).sum().backward()
@@ -97,7 +104,19 @@ def megatron(args: Args) -> TrainBackend:
     return open_backend(args, args, GPU, bf16=args.bf16)
 
 
-def test_megatron_and_fsdp_see_the_same_in_bfloat16(nccl_world: None, model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DeepSeek-V3, dense: rounding would have the two backends choose other experts."""
+    options = {"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "first_k_dense_replace": 2}
+    path = tmp_path_factory.mktemp("latent")
+    return make_tiny_model(path, "deepseek_v3", hidden_size=256, initializer_range=0.02, dtype="bfloat16", **options)
+
+
+@pytest.mark.parametrize("which", ["model", "latent"])
+def test_megatron_and_fsdp_see_the_same_in_bfloat16(
+    nccl_world: None, which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = request.getfixturevalue(which)
     args, other = settings(model, "megatron", "--use-distributed-optimizer"), settings(model, "fsdp")
     ours, theirs = megatron(args), FSDPBackend(other, other, GPU)
     assert ours.load() == theirs.load() == 0
