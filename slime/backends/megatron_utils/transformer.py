@@ -37,12 +37,10 @@ def transformer_config(
     device: torch.device,
     transformer_engine: bool,
 ) -> TransformerConfig:
-    """What the layers are made from. Raises ValueError for a model that cannot be built here."""
-    if shape.moe is not None and cfg.tensor_model_parallel_size > 1 and not cfg.sequence_parallel:
-        raise ValueError("--tensor-model-parallel-size: models with experts need --sequence-parallel with it")
+    """What the layers are made from. Raises ConfigError for a model that cannot be built here."""
     if shape.mla is not None and shape.mla.q_rank is None and transformer_engine:
-        # some Megatron-LM norm queries there that the model does not
-        raise ValueError("latent attention with q_lora_rank null needs --transformer-impl local")
+        # later Megatron-LM norms queries there that the model does not
+        raise ConfigError("Latent attention without q_lora_rank needs --transformer-impl local.")
     is_cuda = device.type == "cuda"
     fields: dict[str, Any] = {
         "context_parallel_size": context_size,

@@ -7,15 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers.model_families import CONFIGS
-from transformers import AutoConfig
 
 from slime.arguments import Args
-from slime.backends.megatron_utils.arguments import MegatronConfig, check_megatron
+from slime.backends.megatron_utils.arguments import check_megatron
 from slime.backends.megatron_utils.find import find_megatron
 from slime.backends.megatron_utils.flags import further_settings
-from slime.backends.megatron_utils.names import shape_of
 from slime.config.base import ConfigError
 
 RIGHT = ["--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128", "--num-attention-heads", "4"]
@@ -71,15 +67,3 @@ def test_what_is_found_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("MEGATRON_PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="holds no megatron/core"):
         find_megatron()
-
-
-def test_experts_on_tensor_parallel_ranks_need_sequence_parallel() -> None:
-    from slime.backends.megatron_utils.transformer import transformer_config
-
-    shape = shape_of(AutoConfig.for_model(**CONFIGS["deepseek_v3"]))
-    cfg = MegatronConfig(tensor_model_parallel_size=2)
-    options: dict[str, Any] = {"context_size": 1, "dtype": torch.float32, "device": torch.device("cpu")}
-    with pytest.raises(ValueError, match="models with experts need --sequence-parallel"):
-        transformer_config(shape, cfg, transformer_engine=False, **options)
-    cfg = dataclasses.replace(cfg, sequence_parallel=True)
-    assert transformer_config(shape, cfg, transformer_engine=False, **options).sequence_parallel

@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.megatron_cpu import megatron_on_cpu
-from helpers.megatron_training import STEADY, Run, make_megatron, two_rollouts
+from helpers.megatron_training import DYNAMIC, STEADY, Run, assert_equal_runs, make_megatron, save_run, two_rollouts
 from helpers.model_families import write_tiny_model
-from helpers.training import full_weights, make_backend, run_ranks, settings_for
+from helpers.training import full_weights, run_ranks, settings_for
 
 pytestmark = pytest.mark.slow
 
-DYNAMIC = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 40, "num_steps_per_rollout": 2}
 SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "sequence": SEQUENCE,
@@ -50,22 +49,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("runs")
     for model, (family, fields) in MODELS.items():
         write_tiny_model(family, work / model, vocab_size=320, initializer_range=0.2, **fields)
-        args = settings_for(work / model, **STEADY | DYNAMIC)
-        fsdp = make_backend(args)
-        fsdp.load()
-        torch.save(tuple(two_rollouts(fsdp, args, work)), work / f"{model}_fsdp.pt")
+        save_run(f"{model}_fsdp", work / model, work, None)
     run_ranks(two_ranks_body, 2, work, store=work / "store")
     return work
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_two_ranks_of_megatron_train_as_one_of_fsdp(model: str, layout: str, runs: Path) -> None:
-    theirs, ours = (Run(*torch.load(runs / f"{model}_{name}.pt")) for name in ("fsdp", layout))
-    for expected, metrics in zip(theirs.metrics, ours.metrics, strict=True):
-        assert metrics == pytest.approx(expected, abs=1e-5, rel=1e-5)
-    assert ours.weights.keys() == theirs.weights.keys()
-    for name, tensor in ours.weights.items():
-        torch.testing.assert_close(tensor, theirs.weights[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert_equal_runs(runs / f"{model}_{layout}.pt", runs / f"{model}_fsdp.pt")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
