@@ -5,7 +5,8 @@
 Each step samples 32 prompts x 8 answers of up to 1,024 tokens, computes old log-probs, takes one optimizer step and
 sends the weights. Weights are random, so answers run to the end, and rewards are random; medians leave out the first
 two steps (--warm-up). `weights` includes that the trainer goes to sleep and the engine's cache wakes up; `sending
-alone` does not. `rest` is what no phase covers. Flags after --flags go to slime as they are.
+alone` does not. `rest` is what no phase covers. A second table says of each step, warm-ups included, what training did
+besides computing: graphs compiled, blocks asked of the GPU. Flags after --flags go to slime as they are.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ PHASES = {
     "log-probs": "perf/log_probs_time",
     "train": "perf/train_time",
     "weights": "perf/update_weights_time",
+}
+COUNTS = {
+    "micro-batches": "perf/micro_batches",
+    "train s": "perf/actor_train_time",
+    "tokens/s": "perf/actor_train_tok_per_s",
+    "graphs": "perf/train_graphs",
+    "compile s": "perf/train_compile_time",
+    "cudaMallocs": "perf/train_cuda_mallocs",
+    "retries": "perf/train_cuda_malloc_retries",
 }
 COMMON = """
     --train-backend fsdp --colocate --actor-num-gpus-per-node 1 --rollout-engine sglang --apply-chat-template
@@ -76,6 +86,7 @@ def main() -> None:
                 start_s = run(model, prompts, transport, run_dir, args.warm_up + args.steps, [*length, *args.flags])
                 table.add_row(shape, transport, *measured(read(run_dir)[args.warm_up :]), f"{start_s:.0f}")
                 Console(width=200).print(table)
+                Console(width=200).print(counts(read(run_dir), f"Training of {shape}, {transport}, step by step"))
 
 
 def write_prompts(path: Path) -> None:
@@ -103,6 +114,16 @@ def read(run_dir: Path) -> list[dict[str, float]]:
         if row["axis"] in ("rollout/step", "train/step"):
             steps.setdefault(row["step"], {}).update(row["metrics"])
     return [steps[step] for step in sorted(steps)]
+
+
+def counts(rows: list[dict[str, float]], title: str) -> Table:
+    """What training did in each step."""
+    table = Table(title=title)
+    for name in ("step", *COUNTS):
+        table.add_column(name, justify="right")
+    for step, row in enumerate(rows):
+        table.add_row(str(step), *(f"{row.get(key, 0.0):,.6g}" for key in COUNTS.values()))
+    return table
 
 
 def measured(rows: list[dict[str, float]]) -> list[str]:

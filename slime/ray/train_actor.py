@@ -98,6 +98,7 @@ class TrainActor:
         """Join the world, load model and optimizer. Returns the first rollout id to run."""
         import torch
 
+        from slime.observability.counters import Counters
         from slime.utils.distributed import communication, init_process_group, pick_device, use_nccl_as_sglang_does
 
         torch.set_num_threads(num_threads)
@@ -117,6 +118,7 @@ class TrainActor:
         self.is_reporter = self.backend.layout.is_reporter
         process = f"{PROCESS_NAMES[self.role]} {self.rank}"
         self.timer = PhaseTimer(self.run_dir if self.is_reporter else None, process=process)
+        self.counters = Counters()
         self.phase = self._profiled_phase()
         if self.role == "critic":
             self._open_critic()
@@ -195,13 +197,15 @@ class TrainActor:
 
         values: a critic's, one a response token.
         """
+        self.counters.collect()
         with self._working(rollout_id):
             metrics = self.recipe.train(rollout_id, dataclasses.replace(batch, values=values))
         self.num_trained = rollout_id + 1
-        times = self.timer.collect()
+        times = self.timer.collect() | self.counters.collect()
         self._begin_wait(rollout_id + 1)
         if self.memory_history is not None:
             self.memory_history.trained(rollout_id)
+        times["perf/micro_batches"] = float(self.recipe.num_micro_batches)
         return metrics | times | self._speed(batch, times["perf/actor_train_time"])
 
     def _speed(self, batch: TrainBatch, seconds: float) -> dict[str, float]:

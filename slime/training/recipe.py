@@ -57,6 +57,7 @@ class Recipe:
     phase: Phase
     train_dump: str | None = None  # path with {rollout_id} and {rank}: where to write what was trained on
     num_skipped: int = 0
+    num_micro_batches: int = 0  # of this rank, in the last rollout
     _prepared: _Prepared | None = None
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
@@ -66,6 +67,7 @@ class Recipe:
         """
         steps = self._prepare(rollout_id, batch)
         self._prepared = None
+        self.num_micro_batches = len(everything(steps))
         metrics: dict[str, float] = {}
         if self.algorithm.is_policy_loss:
             metrics |= self._attach_advantages(rollout_id, batch, steps)

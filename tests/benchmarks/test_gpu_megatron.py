@@ -11,7 +11,7 @@ from helpers.megatron_cpu import megatron_on_cpu
 from helpers.tiny_models import make_tiny_model
 from helpers.training import world_of_one
 
-from benchmarks.gpu import megatron, train
+from benchmarks.gpu import megatron, steps, train
 
 CPU = ["--device", "cpu", "--custom-megatron-init-path", "builtins.id", "--no-torch-compile"]
 LINES = {"train": 1, "memory": 2, "sleep": 1, "load": 1}
@@ -52,3 +52,14 @@ def test_a_job_that_failed_is_named_and_those_after_the_time_are_left_out(option
     assert row == ["not run: the time is up"]
     (row,) = megatron.rows_of(job._replace(variant="TP2"), options.model, options, deadline=float("inf"))
     assert row == ["not run: 1 GPU"]
+
+
+@pytest.mark.parametrize("backend", megatron.VARIANTS)
+def test_each_case_of_a_grpo_step_gives_its_columns(
+    backend: str, options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(steps, "PROMPT_LEN", 8)
+    monkeypatch.setattr(steps, "RESPONSE_LEN", 4)
+    own = {"train_backend": backend, "cases": list(steps.CASES), "shape": "tiny"}
+    steps.measure(options.model, torch.device("cpu"), argparse.Namespace(**vars(options) | own))
+    assert capsys.readouterr().out.count("tokens alone") == len(steps.CASES)

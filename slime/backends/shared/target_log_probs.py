@@ -1,7 +1,8 @@
 """Log-probs and entropy of target tokens from hidden states; logits exist for one chunk at a time, in both directions.
 
 Shapes: T tokens, C of them in a chunk, V vocabulary, E model width. In the backward logits are computed again and
-turned into their gradient in place: two float32 [C, V] at most are held (three for the entropy's), whatever T is.
+turned into their gradient in place: two float32 [C, V] at most are held (three for the gradient of the entropy, where
+the loss has one), whatever T is.
 """
 
 from __future__ import annotations
@@ -92,13 +93,16 @@ class _TargetLogProbs(torch.autograd.Function):
             own = torch.stack([picked_T * is_here_T, normaliser_T, entropy_T])
             picked_T, normaliser_T, entropy_T = _over_shards(own, shard.group)
         ctx.save_for_backward(hidden_TE, weight_VE, bias_V, rows_T, is_here_T, normaliser_T, entropy_T)
-        ctx.rule, ctx.entropy = rule, entropy
+        ctx.rule = rule
+        ctx.set_materialize_grads(False)  # an entropy that is only looked at has none
         return picked_T - normaliser_T, entropy_T
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_TE, weight_VE, bias_V, rows_T, is_here_T, normaliser_T, entropy_T = ctx.saved_tensors
         log_probs_grad_T, entropy_grad_T = gradients
+        if log_probs_grad_T is None:
+            log_probs_grad_T = torch.zeros_like(normaliser_T)
         needs = ctx.needs_input_grad
         hidden_grad = torch.empty_like(hidden_TE) if needs[0] else None
         weight_grad = torch.zeros_like(weight_VE) if needs[1] else None
@@ -108,7 +112,7 @@ class _TargetLogProbs(torch.autograd.Function):
             slope_CV = _softcap_slope(logits_CV, ctx.rule)
             log_probs_CV = logits_CV.sub_(normaliser_T[part, None])
             grad_C = log_probs_grad_T[part, None]
-            if ctx.entropy:
+            if entropy_grad_T is not None:
                 grad_CV = log_probs_CV.exp()
                 grad_CV *= log_probs_CV.add_(entropy_T[part, None]).mul_(-entropy_grad_T[part, None]).sub_(grad_C)
             else:

@@ -57,6 +57,22 @@ def test_a_frozen_head_gets_no_gradient_and_no_tokens_are_no_error() -> None:
     assert log_probs.shape == (0,)
 
 
+def test_an_entropy_that_is_only_looked_at_changes_no_gradient() -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(WIDTH, VOCABULARY)
+    hidden, targets = torch.randn(NUM_TOKENS, WIDTH), torch.randint(0, VOCABULARY, (NUM_TOKENS,))
+    gradients = []
+    for wants_entropy in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        log_probs, entropy = target_log_probs(leaf, head, targets, LogitRule(0.7, None, 5), entropy=wants_entropy)
+        (log_probs.square().sum() + (0 if entropy is None else entropy.detach().sum())).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+    leaf = hidden.clone().requires_grad_()
+    target_log_probs(leaf, head, targets, LogitRule(0.7, None, 5), entropy=True)[1].sum().backward()
+    assert leaf.grad is not None and bool(leaf.grad.any())
+
+
 def test_logits_far_from_zero_stay_finite() -> None:
     head = nn.Linear(1, 3, bias=False)
     with torch.no_grad():
