@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.steps [--shape qwen3-0.6B] [--train-backend megatron] [--steps 5] [--flags ...]
 
 14 answers of 1,024 tokens to prompts of 145, some 16,000 tokens; forward to optimizer step, median of `steps` after two
-warm-ups. graphs and compile s: torch.compile in the counted steps; cudaMallocs: blocks asked of the GPU in them.
+warm-ups, and where a step has several micro-batches seconds of one. graphs and compile s: torch.compile in the counted
+steps; cudaMallocs: blocks asked of the GPU in them. In a trainer of a run OMP_NUM_THREADS is 1.
 `benchmarks.gpu.grpo` shows the same counts of whole runs. Flags after --flags go to slime.
 """
 
@@ -38,12 +39,13 @@ WARM_UP = 2
 
 
 class Case(NamedTuple):
-    """What a step has of GRPO's. varied: no two steps have the same lengths. sleeps: before each step."""
+    """What a step has of GRPO's. varied: no two micro-batches have the same lengths. sleeps: before each step."""
 
     shared_prompts: bool = False
     entropy: bool = False
     varied: bool = False
     sleeps: bool = False
+    num_micro_batches: int = 1
 
 
 CASES = {
@@ -54,6 +56,7 @@ CASES = {
     "both, lengths vary": Case(shared_prompts=True, entropy=True, varied=True),
     "both, after a night": Case(shared_prompts=True, entropy=True, sleeps=True),
     "all": Case(shared_prompts=True, entropy=True, varied=True, sleeps=True),
+    "all, 8 micro-batches": Case(shared_prompts=True, entropy=True, varied=True, sleeps=True, num_micro_batches=8),
 }
 
 
@@ -94,15 +97,16 @@ def row(backend: TrainBackend, case: Case, vocabulary: int, steps: int) -> list[
         if case.sleeps:
             backend.sleep()
             backend.wake_up()
-        batch = make_batch(case, vocabulary, seed=step if case.varied else 0)
+        seeds = range(step * case.num_micro_batches, (step + 1) * case.num_micro_batches)
+        batches = [make_batch(case, vocabulary, seed=seed if case.varied else 0) for seed in seeds]
         torch.cuda.synchronize()
         counters.collect()
         start = time.perf_counter()
-        backend.train_step([batch], mean_loss, wants=Wants(entropy=case.entropy))
+        backend.train_step(batches, mean_loss, wants=Wants(entropy=case.entropy))
         torch.cuda.synchronize()
         if step >= WARM_UP:
-            seconds.append(time.perf_counter() - start)
-            tokens.append(sum(batch.sequence_lengths))
+            seconds.append((time.perf_counter() - start) / len(batches))
+            tokens.append(sum(sum(batch.sequence_lengths) for batch in batches) / len(batches))
             totals = {key: totals.get(key, 0.0) + value for key, value in counters.collect().items()}
     middle = median(seconds)
     names = ("graphs", "compile_time", "cuda_mallocs", "cuda_malloc_retries")

@@ -1,6 +1,6 @@
 """Seconds of one GRPO step on one GPU: slime (SGLang, FSDP2, colocated), then TRL's `GRPOTrainer`.
 
-    python -m benchmarks.gpu.trl [--shape qwen3-0.6B] [--engines vllm batching] [--steps 4] [--flags ...]
+    python -m benchmarks.gpu.trl [--shape qwen3-0.6B] [--engines vllm batching] [--trl-site DIR] [--flags ...]
 
 The same random model, 32 prompts a step, 8 answers of 1,024 tokens each, random rewards, one AdamW step on all 256
 (float32 weights, bfloat16 products). Counted from the end of one step to the end of the next; medians leave out the
@@ -9,12 +9,18 @@ first two (--warm-up).
 vllm: TRL with vLLM in the trainer's process, asleep while it trains, where vLLM is installed.
 batching: TRL with the continuous batching of transformers.
 TRL computes micro-batches of 16 samples, slime packs up to 16,384 tokens. Flags after --flags go to slime.
+
+TRL and vLLM may lie beside SGLang's packages, or in a folder of their own: `pip install --target DIR trl vllm`, then
+--trl-site DIR. Of SGLang's packages flash-attn-4 is hidden from TRL's process: its folder `flash_attn` has no
+`flash_attn.ops`, and vLLM takes it for the older flash-attn.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,6 +54,7 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-0.6B", choices=SHAPES)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES, help="the first that runs")
     parser.add_argument("--trl-python", default=sys.executable, help="the interpreter that has TRL")
+    parser.add_argument("--trl-site", type=Path, help="a folder of packages that TRL's process looks in first")
     parser.add_argument("--steps", type=int, default=4, help="that count")
     parser.add_argument("--warm-up", type=int, default=grpo.WARM_UP, help="steps before them")
     parser.add_argument("--limit-s", type=float, default=900.0, help="for each run of TRL")
@@ -72,7 +79,7 @@ def main() -> None:
         add_row(table, "slime", ours, ours)
         for engine in options.engines:
             log = options.logs / f"trl-{engine}.log"
-            theirs = trl_seconds(options.trl_python, engine, Path(folder), log, steps, options.limit_s)
+            theirs = trl_seconds(options, engine, Path(folder), log)
             add_row(table, f"TRL, {engine}", theirs[options.warm_up :], ours)
             Console(width=100).print(table)
             if theirs:
@@ -88,19 +95,38 @@ def add_row(table: Table, name: str, seconds: list[float], ours: list[float]) ->
     table.add_row(name, *(f"{value:.2f}" for value in (median(seconds), min(seconds), max(seconds), share)))
 
 
-def trl_seconds(python: str, engine: str, folder: Path, log: Path, steps: int, limit_s: float) -> list[float]:
+def trl_seconds(options: argparse.Namespace, engine: str, folder: Path, log: Path) -> list[float]:
     """Seconds of each step, run in a process of its own; empty where it failed."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [python, "-m", "benchmarks.gpu.trl", "--worker", engine, str(folder), "--steps", str(steps)]
+    steps = str(options.warm_up + options.steps)
+    command = [options.trl_python, "-m", "benchmarks.gpu.trl", "--worker", engine, str(folder), "--steps", steps]
+    places = [options.trl_site, os.environ.get("PYTHONPATH")]
+    python_path = os.pathsep.join(str(place) for place in places if place)
+    environment = os.environ | ({"PYTHONPATH": python_path} if python_path else {})
     stamps = folder / "stamps.json"
     stamps.unlink(missing_ok=True)
     with log.open("w") as output:
         try:
-            subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=limit_s, check=False)
+            subprocess.run(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                timeout=options.limit_s,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
-            output.write(f"\nended after {limit_s:g} s\n")
+            output.write(f"\nended after {options.limit_s:g} s\n")
     seconds: list[float] = json.loads(stamps.read_text()) if stamps.exists() else []
     return seconds
+
+
+def hide_partial_flash_attn() -> None:
+    """Make this process know no `flash_attn` where there is one without its `ops`; before vLLM is imported."""
+    spec = importlib.util.find_spec("flash_attn")
+    places = spec.submodule_search_locations if spec is not None else None
+    if places is not None and not any(Path(place, "ops").is_dir() for place in places):
+        sys.modules["flash_attn"] = None  # type: ignore[assignment]
 
 
 def worker(engine: str, folder: Path, steps: int) -> None:
@@ -108,6 +134,7 @@ def worker(engine: str, folder: Path, steps: int) -> None:
     import random
     import time
 
+    hide_partial_flash_attn()
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer

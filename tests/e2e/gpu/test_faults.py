@@ -39,8 +39,11 @@ def test_an_engine_killed_in_mid_rollout_gets_the_weights_of_a_sleeping_trainer(
     run.leaves_nothing()
 
 
-def test_a_trainer_that_dies_is_named_and_the_run_goes_on_from_its_checkpoint(start: Starter) -> None:
-    save = ("--save", "checkpoints", "--save-interval", "1")
+@pytest.mark.parametrize("backend", ["fsdp", "megatron"])
+def test_a_trainer_that_dies_is_named_and_the_run_goes_on_from_its_checkpoint(start: Starter, backend: str) -> None:
+    if backend == "megatron":
+        pytest.importorskip("megatron.core")
+    save = ("--train-backend", backend, "--save", "checkpoints", "--save-interval", "1")
     run = start(*LONG, *save, "--num-rollout", "1000").reaches("record_000001.json", WITHIN_S)
     run.reaches("in_flight/*", WITHIN_S)
     trainer = run.the_process(TRAINER)

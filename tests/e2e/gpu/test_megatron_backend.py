@@ -155,6 +155,26 @@ def test_a_night_changes_nothing_and_gives_the_memory_back(
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)  # kernels add in any order
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("--bf16", 2e-2), ("--no-bf16", 1e-4)])
+@pytest.mark.parametrize(
+    "recompute",
+    [[], ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]],
+)
+def test_compiled_layers_train_as_plain_ones(
+    nccl_world: None, model: Path, tmp_path: Path, dtype: str, tolerance: float, recompute: list[str]
+) -> None:
+    metrics = []
+    for flag in ("--no-torch-compile", "--torch-compile"):
+        args = settings(model, "megatron", dtype, flag, *recompute)
+        backend = open_backend(args, args, GPU, bf16=args.bf16, torch_compile=args.torch_compile)
+        backend.load()
+        assert backend.is_compiled == (flag == "--torch-compile")
+        recipe = recipe_of(backend, args, tmp_path)
+        metrics.append([recipe.train(step, rollout(step)) for step in range(3)])
+    for plain, compiled in zip(*metrics, strict=True):
+        assert compiled["train/grad_norm"] == pytest.approx(plain["train/grad_norm"], rel=tolerance)
+
+
 def test_a_checkpoint_goes_on_where_it_was_written(nccl_world: None, model: Path, tmp_path: Path) -> None:
     args = settings(model, "megatron", "--use-distributed-optimizer", "--save", str(tmp_path / "save"))
     backend = megatron(args)
