@@ -148,7 +148,7 @@ def _from_custom_file(path: str, plugin_settings: dict[str, Any]) -> dict[str, A
 
 def _check_supported(args: Args) -> None:
     if args.train_backend == "megatron" and not args.debug_rollout_only:
-        check_megatron(args, args, fp16=args.fp16)
+        check_megatron(args, args)
     if not args.debug_train_only:
         _check_engine(args)
     _check_router_args(args.router_args)

@@ -123,7 +123,7 @@ def settings(model: Path, train_backend: str, flags: list[str]) -> Args:
 def open_trainer(args: Args, device: torch.device) -> TrainBackend:
     """This rank's backend, not yet loaded."""
     if args.train_backend == "megatron":
-        return open_backend(args, args, device, bf16=args.bf16, torch_compile=args.torch_compile)
+        return open_backend(args, args, device, torch_compile=args.torch_compile)
     return FSDPBackend(args, args, device)
 
 

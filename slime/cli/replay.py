@@ -163,7 +163,8 @@ def find_start(args: Args, rollout_id: int) -> Start:
 
 def _checkpoints(args: Args, rollout_id: int) -> list[Start]:
     """Complete checkpoints before `rollout_id`, with the critic where there is one, the nearest first."""
-    from slime.backends.fsdp_utils.checkpoint import is_complete, iteration_folder
+    from slime.backends.fsdp_utils.checkpoint import is_complete
+    from slime.backends.shared.checkpoint import iteration_folder
     from slime.config.run import critic_settings
 
     if args.save is None:

@@ -8,6 +8,7 @@ from slime.config.data import DataConfig
 from slime.config.evaluate import EvaluateConfig
 from slime.config.observe import ObserveConfig
 from slime.config.optimizer import OptimizerConfig
+from slime.config.precision import PrecisionConfig
 from slime.config.reward import RewardConfig
 from slime.config.rollout import RolloutConfig
 
@@ -21,6 +22,7 @@ __all__ = [
     "Group",
     "ObserveConfig",
     "OptimizerConfig",
+    "PrecisionConfig",
     "RewardConfig",
     "RolloutConfig",
 ]

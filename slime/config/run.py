@@ -14,6 +14,7 @@ from slime.config.data import DataConfig
 from slime.config.evaluate import EvaluateConfig
 from slime.config.observe import ObserveConfig
 from slime.config.optimizer import OptimizerConfig
+from slime.config.precision import PrecisionConfig
 from slime.config.reward import RewardConfig
 from slime.config.rollout import RolloutConfig
 from slime.config.served_models import POLICY, ServedModel, ServerGroup
@@ -25,6 +26,7 @@ GROUPS: tuple[type[Group], ...] = (
     DataConfig,
     AlgorithmConfig,
     OptimizerConfig,
+    PrecisionConfig,
     CheckpointConfig,
     EvaluateConfig,
     ObserveConfig,
@@ -39,6 +41,7 @@ class RunConfig(
     DataConfig,
     AlgorithmConfig,
     OptimizerConfig,
+    PrecisionConfig,
     CheckpointConfig,
     EvaluateConfig,
     ObserveConfig,

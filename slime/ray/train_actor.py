@@ -67,7 +67,7 @@ def _fsdp(args: Args, device: torch.device, role: Role) -> TrainBackend:
 def _megatron(args: Args, device: torch.device, role: Role) -> TrainBackend:
     from slime.backends.megatron_utils.start import open_backend
 
-    return open_backend(args, args, device, bf16=args.bf16, torch_compile=args.torch_compile, role=role)
+    return open_backend(args, args, device, torch_compile=args.torch_compile, role=role)
 
 
 _BACKENDS: dict[str, Callable[[Args, torch.device, Role], TrainBackend]] = {"fsdp": _fsdp, "megatron": _megatron}

@@ -12,7 +12,7 @@ import yaml
 from helpers.training import settings_for
 
 from slime.arguments import Args, settings_as_dict
-from slime.backends.fsdp_utils.checkpoint import iteration_folder
+from slime.backends.shared.checkpoint import iteration_folder
 from slime.cli.replay import (
     Comparison,
     ReplayError,

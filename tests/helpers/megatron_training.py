@@ -14,9 +14,11 @@ from helpers.training import full_weights, make_backend, make_recipe, random_bat
 
 from slime.arguments import Args
 from slime.backends.megatron_utils.arguments import MegatronConfig
+from slime.backends.shared.precision import compute_dtype
 from slime.training.backend import TrainBackend
 from slime.training.critic import CriticRecipe
 
+Weights = dict[str, torch.Tensor]
 STEADY = {"adam_eps": 1e-4, "lr": 1e-3}  # Adam divides by the root of squares: tiny gradients would amplify rounding
 DYNAMIC = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 40, "num_steps_per_rollout": 2}
 
@@ -54,12 +56,7 @@ def assert_equal_runs(ours: Path, theirs: Path, *, tolerance: float = 1e-5) -> N
 
 
 def make_megatron(
-    args: Args,
-    *,
-    role: Literal["actor", "critic"] = "actor",
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    **parallel: Any,
+    args: Args, *, role: Literal["actor", "critic"] = "actor", device: str = "cpu", **parallel: Any
 ) -> TrainBackend:
     """This rank's backend, not yet loaded.
 
@@ -69,7 +66,7 @@ def make_megatron(
 
     args = dataclasses.replace(args, context_parallel_size=parallel.pop("context_parallel_size", 1))
     place = torch.device("cpu") if device == "cpu" else torch.device(device, dist.get_rank())
-    options: dict[str, Any] = {"dtype": dtype, "torch_compile": parallel.pop("torch_compile", False)}
+    options = {"dtype": compute_dtype(args, place), "torch_compile": parallel.pop("torch_compile", False)}
     return MegatronBackend(args, MegatronConfig(**parallel), place, role=role, **options)
 
 
@@ -85,3 +82,22 @@ def two_rollouts(backend: TrainBackend, args: Args, folder: Path) -> Run:
     recipe = make_recipe(backend, args, folder)  # type: ignore[arg-type]
     metrics = [recipe.train(number, random_batch(seed=number, group_sizes=(3, 1, 4))) for number in range(2)]
     return Run(metrics, full_weights(backend))  # type: ignore[arg-type]
+
+
+def trained(model: Path, folder: Path, rollouts: list[int], *, first: int = 0, **settings: Any) -> Weights:
+    """Train from what `settings` say on `rollouts`, save after each where there is a folder; the weights afterwards."""
+    parallel = settings.pop("parallel", {})
+    args = settings_for(model, save=str(folder), **STEADY | {"num_steps_per_rollout": 2} | settings)
+    backend = make_megatron(args, **parallel)
+    assert backend.load() == first
+    recipe = make_recipe(backend, args, folder)  # type: ignore[arg-type]
+    for number in rollouts:
+        recipe.train(number, random_batch(seed=number))
+        backend.save(number)
+    backend.finish_save()
+    return full_weights(backend)  # type: ignore[arg-type]
+
+
+def equal(ours: Weights, theirs: Weights) -> bool:
+    """Bit for bit."""
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

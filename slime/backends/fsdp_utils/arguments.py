@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from slime.config.base import ConfigError, Group, arg, check, check_positive
+from slime.config.base import ConfigError, Group, arg
 
 _SEPARATE_LAYERS = {"full_attention", "sliding_attention"}  # in which tokens meet in attention alone
 _ROPE_OF_THE_LONGEST = {"dynamic", "longrope"}  # rotations that depend on the longest sample, which a rank does not see
@@ -14,7 +13,7 @@ _ROPE_OF_THE_LONGEST = {"dynamic", "longrope"}  # rotations that depend on the l
 
 @dataclass(frozen=True, kw_only=True)
 class FSDPConfig(Group):
-    """FSDP: precision, attention and memory of the FSDP2 backend."""
+    """FSDP: attention and memory of the FSDP2 backend."""
 
     attn_implementation: str = arg(
         "packed",
@@ -32,14 +31,6 @@ class FSDPConfig(Group):
         None,
         "Compile each layer with torch.compile; the first step takes some 15 s more (default: on GPUs, with FSDP).",
     )
-    bf16: bool | None = arg(None, "Compute in bfloat16, weights in float32 (default: on GPUs).")
-    fp16: bool = arg(
-        False,
-        "Compute in float16, weights in float32, with a loss scale that halves where a gradient overflows; "
-        "such steps are skipped and not counted against --max-skipped-steps.",
-    )
-    initial_loss_scale: float = arg(65536.0, "Loss scale that --fp16 starts with.")
-    loss_scale_window: int = arg(1000, "Steps without an overflow after which the loss scale doubles.")
     fsdp_cpu_offload: bool = arg(
         False,
         "Parameters, gradients and optimizer stay on the host, where the optimizer steps; for lack of GPU memory.",
@@ -54,13 +45,6 @@ class FSDPConfig(Group):
         False, "Reference, teacher and old actor wait in page-locked host memory while they are not used."
     )
     deterministic_mode: bool = arg(False, "Deterministic kernels only.")
-
-    def __post_init__(self) -> None:
-        check_positive(self, "loss_scale_window")
-        scale = self.initial_loss_scale
-        check(scale >= 1 and math.log2(scale).is_integer(), "initial_loss_scale", "a power of two, 1 or more", scale)
-        check(not (self.fp16 and self.bf16), "bf16", "left out with --fp16", self.bf16)
-        super().__post_init__()
 
 
 def check_packable(config: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,11 +24,11 @@ from slime.backends.fsdp_utils.context_parallel import context_group
 from slime.backends.fsdp_utils.hf_names import hf_named_tensors
 from slime.backends.fsdp_utils.model import TokenModel, checkpoint_dtype, empty_like, reshard
 from slime.backends.fsdp_utils.optimizer import LossScale, adamw, clip_gradients, forget
-from slime.backends.fsdp_utils.saver import Saver
 from slime.backends.fsdp_utils.sources import Source
 from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
 from slime.backends.shared.offload import HostCopy, Parking
 from slime.backends.shared.routing_replay import MISMATCH, mismatch
+from slime.backends.shared.saver import Saver
 from slime.config.run import RunConfig
 from slime.data.packed import PackedBatch
 from slime.training.backend import (
@@ -70,7 +71,7 @@ class FSDPBackend:
         self.copies: set[ModelTag] = set()  # models that moved since they were loaded: a checkpoint holds them too
         self.export_dtype = checkpoint_dtype(run.hf_checkpoint, trust_remote_code=run.trust_remote_code)
         self.num_steps = 0
-        self.loss_scale = LossScale(fsdp.initial_loss_scale, fsdp.loss_scale_window) if fsdp.fp16 else LossScale()
+        self.loss_scale = LossScale(run.initial_loss_scale, run.loss_scale_window) if run.fp16 else LossScale()
         self.host_copy = HostCopy()
         self.saver = Saver(run, is_writer=self.layout.is_reporter)
         self.parking = Parking(is_wanted=fsdp.offload_ref)
@@ -117,14 +118,15 @@ class FSDPBackend:
             checkpoint.load_rng(folder)
         self.num_steps = meta.num_steps
         self.run = continued(self.run, meta.schedule, self._total_steps())
-        if self.fsdp.fp16 and meta.loss_scale is not None:
+        if self.run.fp16 and meta.loss_scale is not None:
             self.loss_scale.value, self.loss_scale.num_good = meta.loss_scale
         logger.info("loaded %s, %d optimizer steps", folder, meta.num_steps)
         return meta.rollout_id + 1
 
     def save(self, rollout_id: int) -> None:
+        assert self.run.save is not None
         optimizer = None if self.run.no_save_optim else self.optimizer
-        scale = (self.loss_scale.value, self.loss_scale.num_good) if self.fsdp.fp16 else None
+        scale = (self.loss_scale.value, self.loss_scale.num_good) if self.run.fp16 else None
         schedule = schedule_of(self.run, self._total_steps())
         meta = checkpoint.Meta(rollout_id, self.num_steps, loss_scale=scale, schedule=schedule)
         copies = {str(tag): self.models[tag] for tag in sorted(self.copies)}
@@ -132,7 +134,8 @@ class FSDPBackend:
             for tag, model in copies.items():
                 stack.enter_context(self.parking.reading(tag, model))
             content = checkpoint.content_of(meta, self.models[self.role], optimizer, copies)
-            self.saver.save(content, self.hf_tensors())
+            write = partial(checkpoint.save, self.run.save)
+            self.saver.save(rollout_id, content, write=write, tensors=self.hf_tensors())
 
     def finish_save(self) -> None:
         self.saver.finish()
@@ -186,7 +189,7 @@ class FSDPBackend:
         self.num_steps += 1
         overflowed = self.loss_scale.explains(loss=metrics["loss"], grad_norm=grad_norm)
         self.loss_scale.update(overflowed=overflowed)
-        shown = scale if self.fsdp.fp16 else None
+        shown = scale if self.run.fp16 else None
         return StepMetrics(metrics, grad_norm, lr, skipped=not is_finite, loss_scale=shown, overflowed=overflowed)
 
     def _begin_step(self) -> float:

@@ -27,6 +27,7 @@ from slime.backends.fsdp_utils.optimizer import freeze
 from slime.backends.fsdp_utils.routers import attach_routing_replay
 from slime.backends.fsdp_utils.sources import Source
 from slime.backends.fsdp_utils.value_model import ValueModel, shard_critic
+from slime.backends.shared.precision import compute_dtype
 from slime.config.run import RunConfig
 from slime.training.backend import POLICY, ModelTag
 
@@ -76,7 +77,9 @@ class Builder(NamedTuple):
             )
         if wants_compilation(self.fsdp.torch_compile, self.device):
             compile_each(layers)
-        options, reshards = shard_options(self.fsdp, self.mesh, self.device), self.fsdp.fsdp_reshard_after_forward
+        dtype = compute_dtype(self.run, self.device)
+        options = shard_options(self.fsdp, self.mesh, self.device, dtype=dtype)
+        reshards = self.fsdp.fsdp_reshard_after_forward
         if tag == "critic":
             critic = ValueModel(lm, share_prompts=self.fsdp.share_prompts, context=self.context)
             shard_critic(critic, layers, options, reshard_after_forward=reshards)

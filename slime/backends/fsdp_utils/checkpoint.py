@@ -11,7 +11,6 @@ SAVE/
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,13 +29,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from slime.utils.files import fsync_tree, replace_directory, write_text_atomically
-
-TRACKER = "latest_checkpointed_iteration.txt"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or not be read: absent, incomplete, or of another model."""
+from slime.backends.shared.checkpoint import (
+    META,
+    TRACKER,
+    CheckpointError,
+    iteration_folder,
+    new_checkpoint,
+    save_durably,
+)
 
 
 class Meta(NamedTuple):
@@ -76,14 +76,9 @@ def find_checkpoint(root: str | None, step: int | None) -> Path | None:
     return folder
 
 
-def iteration_folder(root: str, rollout_id: int) -> Path:
-    """The folder of the checkpoint written after `rollout_id`."""
-    return Path(root) / f"iter_{rollout_id:07d}"
-
-
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint lies there."""
-    return (folder / "meta.json").is_file()
+    return (folder / META).is_file()
 
 
 class Content(NamedTuple):
@@ -105,29 +100,13 @@ def content_of(
     return Content(meta, parts, torch.get_rng_state())
 
 
-def save(root: str, content: Content, *, group: dist.ProcessGroup | None = None) -> None:
-    """Write a checkpoint beside, make it durable, then rename it. A collective; the tracker moves last.
-
-    group: of all ranks, where others may talk through the default one meanwhile.
-    """
-    final = iteration_folder(root, content.meta.rollout_id)
-    temporary = final.with_name("." + final.name + ".tmp")
-    on_first = dist.get_rank() == 0
-    if on_first:
-        for left_over in Path(root).glob(".iter_*.tmp"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier(group)
-    with _whole_or_nothing(final, temporary):
+def save(root: str, content: Content, group: dist.ProcessGroup | None = None) -> None:
+    """Write a checkpoint. A collective of `group`, which has all ranks; None: the default one."""
+    with new_checkpoint(root, content.meta.rollout_id, content.meta._asdict(), group=group) as folder:
         for part, state in content.parts.items():
-            dcp.save(state, checkpoint_id=temporary / part, process_group=group)
-        if on_first:
-            torch.save({"torch": content.rng}, temporary / "rng.pt")
-            (temporary / "meta.json").write_text(json.dumps(content.meta._asdict()))
-            fsync_tree(temporary)
-            replace_directory(temporary, final)
-            write_text_atomically(Path(root) / TRACKER, str(content.meta.rollout_id))
-    dist.barrier(group)
+            dcp.save(state, checkpoint_id=folder / part, process_group=group)
+        if dist.get_rank() == 0:
+            save_durably({"torch": content.rng}, folder / "rng.pt")
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -142,18 +121,6 @@ def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
             if isinstance(value, torch.Tensor):
                 value.zero_()
     return get_optimizer_state_dict(model, optimizer)
-
-
-@contextmanager
-def _whole_or_nothing(final: Path, temporary: Path) -> Iterator[None]:
-    """Delete `temporary` where writing fails, and say what room there was: torch does not say that a disk is full."""
-    try:
-        with _errors_of_ranks("torch.distributed.checkpoint"):
-            yield
-    except (CheckpointError, OSError, RuntimeError) as error:
-        free = shutil.disk_usage(final.parent).free
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{final} cannot be written; {free / 2**20:.1f} MiB were free there ({error})") from error
 
 
 def load_model(folder: Path, model: nn.Module, *, part: str = "model") -> None:
@@ -185,7 +152,7 @@ def load_rng(folder: Path) -> None:
 
 def read_meta(folder: Path) -> Meta:
     """What the checkpoint says of itself."""
-    return Meta(**json.loads((folder / "meta.json").read_text()))
+    return Meta(**json.loads((folder / META).read_text()))
 
 
 @contextmanager

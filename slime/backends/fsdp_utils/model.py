@@ -144,14 +144,6 @@ def _logit_softcap(lm: PreTrainedModel) -> float | None:
     return config.get("final_logit_softcapping")
 
 
-def compute_dtype(fsdp: FSDPConfig, device: torch.device) -> torch.dtype:
-    """Of parameters in forward and backward: half precision where asked for, bfloat16 by default on GPUs."""
-    if fsdp.fp16:
-        return torch.float16
-    wants_bf16 = device.type == "cuda" if fsdp.bf16 is None else fsdp.bf16
-    return torch.bfloat16 if wants_bf16 else torch.float32
-
-
 def load_causal_lm(
     directory: str,
     *,
@@ -223,10 +215,10 @@ class ShardOptions(NamedTuple):
         return self._replace(mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
 
 
-def shard_options(fsdp: FSDPConfig, mesh: DeviceMesh, device: torch.device) -> ShardOptions:
-    """What the settings say. Host memory is page-locked where there is a GPU."""
+def shard_options(fsdp: FSDPConfig, mesh: DeviceMesh, device: torch.device, *, dtype: torch.dtype) -> ShardOptions:
+    """What the settings say. dtype: of computation. Host memory is page-locked where there is a GPU."""
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if fsdp.fsdp_cpu_offload else OffloadPolicy()
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(fsdp, device), reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     return ShardOptions(mesh, policy, offload)
 
 

@@ -9,13 +9,8 @@ from typing import NamedTuple, TypeVar
 
 from transformers import AutoConfig, AutoTokenizer
 
-from slime.backends.fsdp_utils.checkpoint import (
-    CheckpointError,
-    find_checkpoint,
-    is_complete,
-    iteration_folder,
-    read_meta,
-)
+from slime.backends.fsdp_utils.checkpoint import find_checkpoint, is_complete, read_meta
+from slime.backends.shared.checkpoint import CheckpointError, iteration_folder
 from slime.config.run import RunConfig, critic_settings
 
 logger = logging.getLogger(__name__)

@@ -52,7 +52,7 @@ class MegatronConfig(Group):
     moe_router_dtype: Literal["fp32", "fp64"] | None = arg(None, "Precision of routing (default: the model's).")
     moe_aux_loss_coeff: float = arg(0.0, "Weight of the loss that balances experts.")
     ckpt_format: Literal["torch_dist", "torch"] = arg(
-        "torch_dist", "What --save writes. Files of the older torch format are converted by `slime convert`."
+        "torch_dist", "What --save writes; both are read. torch goes on at the same parallelism alone."
     )
     custom_megatron_init_path: str | None = arg(None, "f(args), before a rank builds its model.")
     custom_megatron_before_log_prob_hook_path: str | None = arg(
@@ -87,17 +87,19 @@ class MegatronConfig(Group):
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
 
-def check_megatron(cfg: MegatronConfig, run: RunConfig, *, fp16: bool) -> None:
+def check_megatron(cfg: MegatronConfig, run: RunConfig) -> None:
     """Raise ConfigError for a run that this backend cannot do, as far as that is known before devices are."""
     megatron = find_megatron()
     logger.info("%s", megatron)
+    tensor = cfg.tensor_model_parallel_size
     is_on_cpu = run.device == "cpu" and cfg.custom_megatron_init_path is None
     for is_refused, what in (
         (is_on_cpu, "--device cpu: Megatron trains on GPUs"),
         ("mtp_num_layers" in cfg.megatron_args, "--mtp-num-layers: layers for multi-token prediction are not trained"),
-        (fp16, "--fp16: the Megatron backend computes in bfloat16 or float32"),
-        (run.async_save, "--async-save: the Megatron backend saves before it goes on"),
-        (cfg.ckpt_format == "torch", "--ckpt-format torch: checkpoints are written as torch_dist"),
+        (
+            cfg.ckpt_format == "torch" and tensor % (cfg.expert_tensor_parallel_size or tensor) != 0,
+            "--ckpt-format torch: --expert-tensor-parallel-size must divide --tensor-model-parallel-size",
+        ),
         (cfg.moe_grouped_gemm and not megatron.has_transformer_engine, "--moe-grouped-gemm needs Transformer Engine"),
     ):
         if is_refused:

@@ -37,6 +37,7 @@ from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, r
 from slime.backends.megatron_utils.optimizer import (
     gradient_buffers,
     make_optimizer,
+    scalers_of,
     state_tensors,
     step_if_finite,
     without_reduction,
@@ -56,14 +57,14 @@ from slime.backends.megatron_utils.sources import Source
 from slime.backends.megatron_utils.stages import num_virtual_stages
 from slime.backends.shared.export import exported_dtype
 from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
-from slime.backends.shared.offload import HostCopy
+from slime.backends.shared.offload import HostCopy, on_host
 from slime.backends.shared.routing_replay import MISMATCH, RoutingReplay, mismatch
+from slime.backends.shared.saver import Saver
 from slime.backends.shared.target_log_probs import LogitRule
 from slime.config.run import RunConfig
 from slime.data.packed import PackedBatch
 from slime.training.backend import POLICY, LossFn, ModelTag, NamedTensor, StepMetrics, TokenOutputs, Wants
 from slime.utils.misc import load_function
-from slime.weight_sync.disk import write_hf_directory
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class MegatronBackend:
         self.moved: set[ModelTag] = set()  # of those, what moved since it was loaded: a checkpoint holds it too
         self.host_copy = HostCopy()
         self.export_dtype = self._export_dtype()
+        self.saver = Saver(run, is_writer=self.layout.is_reporter)
         self.num_steps = 0
 
     def _export_dtype(self) -> torch.dtype:
@@ -162,6 +164,8 @@ class MegatronBackend:
         self.config.finalize_model_grads_func = _finalize
         if self.cfg.overlap_grad_reduce:
             self.config.no_sync_func = partial(without_reduction, self.chunk.wrapped)
+        if scalers_of(self.optimizer):
+            self.config.grad_scale_func = self.optimizer.scale_loss
         continued = self._continued(source)
         if self.role == "actor":
             self._load_frozen(source.path if continued is not None else None)
@@ -170,12 +174,12 @@ class MegatronBackend:
     def _read(self, source: Source) -> None:
         """Overwrite the model's weights."""
         if source.is_checkpoint:
-            checkpoint.read_weights(source.path, self.chunk.lms)
+            checkpoint.read_weights(source.path, self.chunk, self.shape, is_critic=self.role == "critic")
             return
         files = HFDirectory(source.path)
         check_checkpoint(self.shape, files.shapes)
         own_head = "output_layer." if self.role == "critic" else None
-        copy_into(self.chunk, read_weights(self.chunk, self.shape, files, but_for=own_head))
+        read_weights(self.chunk, self.shape, files.read, but_for=own_head)
 
     def _continued(self, source: Source) -> Meta | None:
         """Restore what the run's own checkpoint holds besides weights; None where the run starts anew."""
@@ -183,7 +187,7 @@ class MegatronBackend:
         if meta is None or self.run.finetune:
             return None
         if not self.run.no_load_optim:
-            checkpoint.read_optimizer(source.path, self.chunk.lms, self.optimizer)
+            checkpoint.read_optimizer(source.path, self.chunk, self.optimizer)
         if not self.run.no_load_rng:
             checkpoint.read_rng(source.path)
         self.run = continued(self.run, meta.schedule, self._total_steps())
@@ -226,21 +230,18 @@ class MegatronBackend:
     def save(self, rollout_id: int) -> None:
         run = self.run
         assert run.save is not None
-        if run.save_hf is not None:
-            directory = Path(run.save_hf.format(rollout_id=rollout_id))
-            is_writer = self.layout.is_reporter
-            tensors = self.hf_tensors()
-            write_hf_directory(tensors, directory, assets=run.hf_checkpoint, is_writer=is_writer, is_durable=True)
         meta = Meta(rollout_id, self.num_steps, schedule_of(run, self._total_steps()), self.role)
-        with checkpoint.new_checkpoint(run.save, meta) as folder:
-            checkpoint.write(folder, self.chunk.lms, None if run.no_save_optim else self.optimizer)
-            checkpoint.write_rng(folder)
-            for tag in sorted(self.moved):
-                with self._weights_of(tag):
-                    checkpoint.write(folder / tag, self.chunk.lms)
+        part_of = partial(checkpoint.part_of, self.chunk, kind=self.cfg.ckpt_format, iteration=rollout_id)
+        parts = {"": part_of(None if run.no_save_optim else self.optimizer)}
+        for tag in sorted(self.moved):
+            with self._weights_of(tag):
+                parts[tag] = on_host(part_of())
+        content = checkpoint.Content(meta, parts, checkpoint.random_numbers())
+        write = partial(checkpoint.save, run.save)
+        self.saver.save(rollout_id, content, write=write, tensors=self.hf_tensors())
 
     def finish_save(self) -> None:
-        """Saves are complete when they return."""
+        self.saver.finish()
 
     def sleep(self) -> None:
         """Weights and optimizer to host memory; on a CPU they are there already. Gradients are given up."""
@@ -298,6 +299,7 @@ class MegatronBackend:
         ]
 
     def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
+        self.saver.check()
         for stage in self.chunk.wrapped:
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -308,12 +310,12 @@ class MegatronBackend:
         metrics = self._sum_metrics(found)
         if self.replays:
             metrics[MISMATCH] = mismatch(self.replays, self.device)
-        norm = step_if_finite(
+        step = step_if_finite(
             self.optimizer, lr=lr, clip_grad=self.run.clip_grad, is_loss_finite=math.isfinite(metrics["loss"])
         )
         self.optimizer.zero_grad()
         self.num_steps += 1
-        return StepMetrics(metrics, norm, lr, skipped=not (math.isfinite(norm) and math.isfinite(metrics["loss"])))
+        return StepMetrics(metrics, step.grad_norm, lr, step.skipped, step.loss_scale, step.overflowed)
 
     def _run(
         self,

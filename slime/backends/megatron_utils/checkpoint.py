@@ -1,4 +1,4 @@
-"""Checkpoints in Megatron's torch_dist format, complete or absent, readable at any parallelism.
+"""Checkpoints of Megatron's two formats, complete or absent.
 
 SAVE/
 |-- latest_checkpointed_iteration.txt     the last complete step, written last; "release": weights alone
@@ -9,116 +9,80 @@ SAVE/
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
+from megatron.core import tensor_parallel
 
-from slime.backends.megatron_utils.folders import META, TRACKER, CheckpointError, Meta, iteration_folder
-from slime.utils.files import fsync_tree, replace_directory, write_text_atomically
+from slime.backends.megatron_utils import torch_dist, torch_files
+from slime.backends.megatron_utils.folders import Meta, is_torch_format
+from slime.backends.megatron_utils.model import Chunk
+from slime.backends.megatron_utils.names import ModelShape
+from slime.backends.megatron_utils.optimizer import make_moments
+from slime.backends.shared.checkpoint import new_checkpoint, save_durably
 
 logger = logging.getLogger(__name__)
 
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+Format = Literal["torch_dist", "torch"]
+Part = torch_dist.Part | torch_files.Part
 
 
-@contextmanager
-def new_checkpoint(root: str, meta: Meta) -> Iterator[Path]:
-    """A folder to write to that becomes the checkpoint, and the tracker's, where all goes well. A collective."""
-    final = iteration_folder(root, meta.rollout_id)
-    temporary = final.with_name(f".{final.name}.tmp")
-    on_first = dist.get_rank() == 0
-    if on_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    try:
-        yield temporary
-        dist.barrier()
-        if on_first:
-            (temporary / META).write_text(json.dumps(meta._asdict()))
-            fsync_tree(temporary)
-            replace_directory(temporary, final)
-            write_text_atomically(Path(root) / TRACKER, str(meta.rollout_id))
-    except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
-        free = shutil.disk_usage(root).free
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{final} cannot be written; {free / 2**20:.1f} MiB were free there ({error})") from error
-    dist.barrier()
+class Content(NamedTuple):
+    """What this rank writes of a run. parts: by folder, "" being the checkpoint's. rng: `random_numbers`."""
+
+    meta: Meta
+    parts: dict[str, Part]
+    rng: dict[str, Any]
 
 
-def write(folder: Path, lms: list[nn.Module], optimizer: Any | None = None) -> None:
-    """Write weights, and an optimizer's state with them, to an empty folder or a new one in it. A collective."""
-    if dist.get_rank() == 0:
-        folder.mkdir(exist_ok=True)
-    dist.barrier()
-    weights = _sharded(lms)
-    state = {"checkpoint_version": 3.0, **weights}
+def part_of(chunk: Chunk, optimizer: Any | None = None, *, kind: Format, iteration: int) -> Part:
+    """Weights, and an optimizer's state with them, as they are now, not copied. A collective."""
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_SHARDING)
-    dist_checkpointing.save(state, str(folder))
+        make_moments(optimizer)
+    if kind == "torch":
+        return torch_files.part_of(chunk.lms, optimizer, iteration=iteration)
+    return torch_dist.part_of(chunk.lms, optimizer)
 
 
-def _sharded(lms: list[nn.Module]) -> dict[str, Any]:
-    """The weights of each stage under Megatron's names for them; in a file their layers are counted over all."""
-    names = ["model"] if len(lms) == 1 else [f"model{number}" for number in range(len(lms))]
-    return {name: lm.sharded_state_dict() for name, lm in zip(names, lms, strict=True)}  # type: ignore[operator]
+def save(root: str, content: Content, group: dist.ProcessGroup | None = None) -> None:
+    """Write a checkpoint. A collective of `group`, which has all ranks; None: the default one."""
+    with new_checkpoint(root, content.meta.rollout_id, content.meta._asdict(), group=group) as folder:
+        for name, part in content.parts.items():
+            if isinstance(part, torch_files.Part):
+                torch_files.write(part, folder / name)
+            else:
+                torch_dist.write(part, folder / name, group)
+        (folder / "rng").mkdir(exist_ok=True)
+        save_durably(content.rng, folder / "rng" / f"{dist.get_rank()}.pt")
 
 
-def read_weights(folder: Path, lms: list[nn.Module]) -> None:
-    """Read weights into `lms`, whatever the ranks they were saved from. Raises CheckpointError where they don't fit."""
-    weights = _sharded(lms)
-    state = _load(folder, weights)
-    for lm, name in zip(lms, weights, strict=True):
-        lm.load_state_dict(state[name])
+def read_weights(folder: Path, chunk: Chunk, shape: ModelShape, *, is_critic: bool) -> None:
+    """Read weights, whatever the format. Raises CheckpointError where they do not fit."""
+    if is_torch_format(folder):
+        torch_files.read_into(folder, chunk, shape, is_critic=is_critic)
+    else:
+        torch_dist.read_weights(folder, chunk.lms)
 
 
-def read_optimizer(folder: Path, lms: list[nn.Module], optimizer: Any) -> None:
+def read_optimizer(folder: Path, chunk: Chunk, optimizer: Any) -> None:
     """Read moments and step counts; learning rate, decay and betas stay as the settings say."""
     kept = ("lr", "weight_decay", "betas", "eps")
     settings = [{name: group[name] for name in kept} for group in optimizer.param_groups]
-    wanted = optimizer.sharded_state_dict(_sharded(lms), is_loading=True, metadata=_SHARDING)
-    optimizer.load_state_dict(_load(folder, {"optimizer": wanted})["optimizer"])
+    if is_torch_format(folder):
+        torch_files.read_optimizer(folder, optimizer)
+    else:
+        torch_dist.read_optimizer(folder, chunk.lms, optimizer)
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
 
 
-def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
-    except (CheckpointException, CheckpointingException, KeyError, ValueError) as error:
-        if "optimizer" in wanted:
-            what = "holds no optimizer such as this run's: pass --no-load-optim to start with a new one"
-        else:
-            what = "is a checkpoint of another model"
-        raise CheckpointError(f"{folder} {what} ({_first_line(error)})") from error
-    return state
-
-
-def _first_line(error: BaseException) -> str:
-    """What is wrong, without the ranks' tracebacks and the names of all tensors."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return str(error).partition("\n")[0].partition(" not in state dict")[0]
-
-
-def write_rng(folder: Path) -> None:
-    """The state of this rank's random numbers."""
+def random_numbers() -> dict[str, Any]:
+    """The state of this rank's."""
     states = {"torch": torch.get_rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    (folder / "rng").mkdir(exist_ok=True)
-    torch.save(states, folder / "rng" / f"{dist.get_rank()}.pt")
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def read_rng(folder: Path) -> None:

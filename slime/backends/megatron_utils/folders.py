@@ -6,13 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TRACKER = "latest_checkpointed_iteration.txt"
-META = "meta.json"
-_COMPLETE = "metadata.json"  # Megatron writes it last
+from slime.backends.shared.checkpoint import META, TRACKER, CheckpointError, iteration_folder
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or not be read: absent, incomplete, or of another model."""
+_COMPLETE = "metadata.json"  # of torch_dist, written last
 
 
 class Meta(NamedTuple):
@@ -38,17 +34,15 @@ def find_checkpoint(root: str | None, step: int | None) -> Path | None:
     if name != "release" and not name.isdigit():
         raise CheckpointError(f"{tracker} must hold a step number or release, got {name!r}")
     folder = Path(root) / name if name == "release" else iteration_folder(root, int(name))
-    if (folder / "mp_rank_00").is_dir() or (folder / "mp_rank_00_000").is_dir():
-        raise CheckpointError(f"{folder} has the torch format: `slime convert` makes a Hugging Face directory of it")
-    if not (folder / _COMPLETE).is_file():
+    if not (is_torch_format(folder) or (folder / _COMPLETE).is_file()):
         there = sorted(path.name for path in Path(root).glob("iter_*"))
         raise CheckpointError(f"there is no complete checkpoint {folder}; present: {', '.join(there) or 'none'}")
     return folder
 
 
-def iteration_folder(root: str, rollout_id: int) -> Path:
-    """The folder of the checkpoint written after `rollout_id`."""
-    return Path(root) / f"iter_{rollout_id:07d}"
+def is_torch_format(folder: Path) -> bool:
+    """Whether a checkpoint, or the weights of one model, lies there in Megatron's older format: a file a rank."""
+    return any(folder.glob("mp_rank_*/model_optim_rng.pt"))
 
 
 def read_meta(folder: Path) -> Meta | None:

@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from slime.backends.megatron_utils.layers import apply_without_transformer_engine, block_spec
-from slime.backends.megatron_utils.names import HFDirectory, ModelShape, ParallelPlace, local_tensor, map_parameter
+from slime.backends.megatron_utils.names import ModelShape, ParallelPlace, fill_local, map_parameter
+from slime.backends.megatron_utils.names.mapping import Read
 from slime.backends.megatron_utils.parallel import place_of
 from slime.backends.megatron_utils.rotary import take_rotation
 
@@ -40,6 +41,12 @@ class Chunk:
             for name, value in lm.state_dict(keep_vars=True).items()
             if isinstance(value, Tensor)
         }
+
+
+def named(lms: list[GPTModel], values: list[Any]) -> dict[str, Any]:
+    """A value of each stage under the name that Megatron gives the stage in checkpoints."""
+    names = ["model"] if len(lms) == 1 else [f"model{number}" for number in range(len(lms))]
+    return dict(zip(names, values, strict=True))
 
 
 def _global_name(lm: GPTModel, name: str) -> str:
@@ -83,16 +90,14 @@ def build_chunk(
 
 
 @torch.no_grad()
-def read_weights(chunk: Chunk, shape: ModelShape, checkpoint: HFDirectory, *, but_for: str | None = None) -> Weights:
-    """This rank's weights out of a Hugging Face directory, on the host; only what it holds is read.
+def read_weights(chunk: Chunk, shape: ModelShape, read: Read, *, but_for: str | None = None) -> None:
+    """Overwrite the chunk's weights out of tensors under Hugging Face names; only what this rank holds is read.
 
-    but_for: the start of names that are none of the directory's.
+    read: `HFDirectory.read`. but_for: the start of names that are not among them.
     """
-    return {
-        name: local_tensor(map_parameter(shape, chunk.place, name), checkpoint.read).to(tensor.dtype)
-        for name, tensor in chunk.weights().items()
-        if but_for is None or not name.startswith(but_for)
-    }
+    for name, tensor in chunk.weights().items():
+        if but_for is None or not name.startswith(but_for):
+            fill_local(map_parameter(shape, chunk.place, name), read, tensor)
 
 
 @torch.no_grad()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from torch import nn
 
 from slime.backends.megatron_utils.adam import apply_group_step_adam
@@ -22,26 +23,59 @@ def make_optimizer(config: MegatronOptimizerConfig, models: list[nn.Module]) -> 
     return get_megatron_optimizer(config, models)
 
 
+def make_moments(optimizer: MegatronOptimizer) -> None:
+    """Moments of zero where no step has been taken yet, such as the actor's while only the critic learns: whoever loads
+    a checkpoint looks for them."""
+    for part in parts_of(optimizer):
+        if part.optimizer is not None and not part.optimizer.state:
+            part.init_state_fn(part.optimizer, part.config)
+
+
 def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
     """Megatron keeps one optimizer for dense parameters and one for experts."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
+def scalers_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """Each part's loss scale; [] where the loss is not scaled."""
+    return [part.grad_scaler for part in parts_of(optimizer) if getattr(part, "grad_scaler", None) is not None]
+
+
+class Step(NamedTuple):
+    """One optimizer step, as `StepMetrics` reports it. grad_norm: before clipping."""
+
+    grad_norm: float
+    skipped: bool
+    loss_scale: float | None
+    overflowed: bool
+
+
 @torch.no_grad()
-def step_if_finite(optimizer: MegatronOptimizer, *, lr: float, clip_grad: float, is_loss_finite: bool) -> float:
-    """One update, gradients clipped to norm `clip_grad` (0: not). Returns the norm before; not finite: no update."""
+def step_if_finite(optimizer: MegatronOptimizer, *, lr: float, clip_grad: float, is_loss_finite: bool) -> Step:
+    """One update, gradients clipped to norm `clip_grad` (0: not); none where the loss or the norm is not finite."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    scalers = scalers_of(optimizer)
+    before = scalers[0].state_dict() if scalers else {}
+    scale = float(scalers[0].scale) if scalers else None
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
+    overflowed = is_loss_finite and not math.isfinite(norm) and _can_shrink(scalers)
+    for scaler in scalers:  # each has looked at its own part of the gradient alone, and at what a smaller scale mends
+        scaler.load_state_dict(before)
+        scaler.update(overflowed)
     if not (is_loss_finite and math.isfinite(norm)):
-        return norm
+        return Step(norm, True, scale, overflowed)
     if clip_grad > 0:
         for part in parts_of(optimizer):
             if parameters := part.get_parameters():
                 clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
-    return norm
+    return Step(norm, False, scale, False)
+
+
+def _can_shrink(scalers: list[Any]) -> bool:
+    return bool(scalers) and isinstance(scalers[0], DynamicGradScaler) and bool(scalers[0].scale > scalers[0].min_scale)
 
 
 def state_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:

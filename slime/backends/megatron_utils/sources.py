@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from slime.backends.megatron_utils.folders import CheckpointError, find_checkpoint, iteration_folder, read_meta
+from slime.backends.megatron_utils.folders import find_checkpoint, read_meta
+from slime.backends.shared.checkpoint import CheckpointError, iteration_folder
 from slime.config.run import RunConfig, critic_settings
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ import torch
 from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.find import Megatron, find_megatron
 from slime.backends.megatron_utils.sources import critic_run
+from slime.backends.shared.precision import compute_dtype
 from slime.config.base import ConfigError
 from slime.config.run import RunConfig
 from slime.utils.misc import load_function
@@ -26,14 +27,10 @@ def open_backend(
     cfg: MegatronConfig,
     device: torch.device,
     *,
-    bf16: bool | None,
     torch_compile: bool | None = None,
     role: Literal["actor", "critic"] = "actor",
 ) -> MegatronBackend:
-    """This rank's backend, not yet loaded. run: the actor's. bf16: as --bf16; by default on GPUs.
-
-    torch_compile: as --torch-compile; by default not.
-    """
+    """This rank's backend, not yet loaded. run: the actor's. torch_compile: as --torch-compile; by default not."""
     megatron = find_megatron()
     if cfg.custom_megatron_init_path is not None:
         load_function(cfg.custom_megatron_init_path)(run)
@@ -46,12 +43,11 @@ def open_backend(
     from slime.backends.megatron_utils.transformer import warn_of_settings_without_effect
 
     warn_of_settings_without_effect(cfg)
-    wants_bf16 = device.type == "cuda" if bf16 is None else bf16
     return MegatronBackend(
         critic_run(run) if role == "critic" else run,
         cfg,
         device,
-        dtype=torch.bfloat16 if wants_bf16 else torch.float32,
+        dtype=compute_dtype(run, device),
         transformer_engine=uses_transformer_engine(cfg, megatron),
         torch_compile=bool(torch_compile),
         role=role,

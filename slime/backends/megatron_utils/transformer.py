@@ -18,8 +18,8 @@ from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.model_arguments import gpt_model_options, transformer_config_fields
 from slime.backends.megatron_utils.names import ModelShape
 from slime.backends.megatron_utils.stages import num_virtual_stages
-from slime.config import OptimizerConfig
 from slime.config.base import ConfigError
+from slime.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
         "use_cpu_initialization": not is_cuda,
         "calculate_per_token_loss": True,  # gradients are added up among ranks, divided by nothing
         "variable_seq_lengths": True,
@@ -115,7 +116,7 @@ def ddp_config(cfg: MegatronConfig) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(**fields | _further(cfg, DistributedDataParallelConfig))
 
 
-def optimizer_config(run: OptimizerConfig, cfg: MegatronConfig, *, dtype: torch.dtype) -> MegatronOptimizerConfig:
+def optimizer_config(run: RunConfig, cfg: MegatronConfig, *, dtype: torch.dtype) -> MegatronOptimizerConfig:
     """Megatron's optimizer with the settings of the run; the learning rate is set at every step."""
     fields: dict[str, Any] = {
         "optimizer": run.optimizer,
@@ -126,6 +127,10 @@ def optimizer_config(run: OptimizerConfig, cfg: MegatronConfig, *, dtype: torch.
         "adam_eps": run.adam_eps,
         "clip_grad": run.clip_grad,
         "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "initial_loss_scale": run.initial_loss_scale,
+        "loss_scale_window": run.loss_scale_window,
+        "hysteresis": 1,  # the scale halves with each overflow
         "params_dtype": dtype,
         "use_distributed_optimizer": cfg.use_distributed_optimizer,
     }

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 StateT = TypeVar("StateT")
 
@@ -139,6 +139,27 @@ def snapshot(state: StateT, buffer: HostBuffer) -> StateT:
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
     return cast(StateT, tree_unflatten(copies, shape))
+
+
+def on_host(state: StateT) -> StateT:
+    """`state` with a copy of every tensor in host memory of its own."""
+    return cast(StateT, tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), state))
+
+
+def alone(state: StateT) -> StateT:
+    """`state` with tensors on the host that are all of their storages: of a view torch would write what is around it.
+
+    Memory is shared, not copied, where it is the host's.
+    """
+    return cast(StateT, tree_map_only(Tensor, _alone, state))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    same_bytes = torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy())
+    return same_bytes.view(tensor.dtype).reshape(tensor.shape)
 
 
 def _copied(tensor: Tensor, room: Tensor) -> Tensor:

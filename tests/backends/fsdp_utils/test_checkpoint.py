@@ -14,9 +14,10 @@ from helpers.training import full_weights, make_backend, make_recipe, random_bat
 from torch.distributed.checkpoint import FileSystemWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slime.backends.fsdp_utils import checkpoint
 from slime.backends.fsdp_utils.backend import FSDPBackend
-from slime.backends.fsdp_utils.checkpoint import CheckpointError, find_checkpoint, iteration_folder
+from slime.backends.fsdp_utils.checkpoint import find_checkpoint
+from slime.backends.shared import checkpoint as shared_checkpoint
+from slime.backends.shared.checkpoint import CheckpointError, iteration_folder
 
 
 def trained(model: Path, dump_dir: Path, *, num_rollouts: int = 1, **settings: Any) -> FSDPBackend:
@@ -187,9 +188,9 @@ def rename_but_not_checkpoints(path: Path, target: Path, rename: Any = Path.rena
 
 CRASHES: dict[str, tuple[Any, str, Any]] = {
     "write": (FileSystemWriter, "write_data", no_space),
-    "fsync": (checkpoint, "fsync_tree", no_space),  # all is written, but not durable
+    "fsync": (shared_checkpoint, "fsync_tree", no_space),  # all is written, but not durable
     "rename": (Path, "rename", rename_but_not_checkpoints),  # durable, not in place
-    "tracker": (checkpoint, "write_text_atomically", no_space),  # in place, not announced
+    "tracker": (shared_checkpoint, "write_text_atomically", no_space),  # in place, not announced
 }
 
 

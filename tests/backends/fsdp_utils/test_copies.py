@@ -15,8 +15,8 @@ from helpers.tiny_models import make_tiny_model
 from helpers.training import make_backend, random_samples, run_ranks, settings_for
 
 from slime.backends.fsdp_utils.backend import FSDPBackend
-from slime.backends.fsdp_utils.checkpoint import CheckpointError
 from slime.backends.fsdp_utils.model import empty_like, load_causal_lm
+from slime.backends.shared.checkpoint import CheckpointError
 from slime.data.batch import batch_from_samples
 from slime.data.packed import PackedBatch, pack_rows
 from slime.training.backend import LossOutput, ModelTag, TokenOutputs, Wants

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from slime.backends.fsdp_utils import checkpoint
 from slime.backends.fsdp_utils.backend import FSDPBackend
-from slime.backends.fsdp_utils.checkpoint import CheckpointError, find_checkpoint, iteration_folder
+from slime.backends.fsdp_utils.checkpoint import find_checkpoint
+from slime.backends.shared import checkpoint as shared_checkpoint
+from slime.backends.shared.checkpoint import CheckpointError, iteration_folder
 from slime.backends.shared.offload import HostBuffer, snapshot
 from slime.config.base import ConfigError
 
@@ -106,7 +108,7 @@ def test_a_save_that_fails_ends_training_in_one_sentence(
     backend.save(0)
     backend.finish_save()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "fsync_tree", no_space)
+        patch.setattr(shared_checkpoint, "fsync_tree", no_space)
         backend.save(1)
         with pytest.raises(OSError):
             backend.saver._thread.submit(no_space).result(60)  # the thread has come so far

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from slime.arguments import Args
 from slime.backends.fsdp_utils.backend import FSDPBackend
-from slime.backends.fsdp_utils.checkpoint import CheckpointError
 from slime.backends.fsdp_utils.model import load_causal_lm
 from slime.backends.fsdp_utils.sources import critic_run
 from slime.backends.fsdp_utils.value_model import ValueModel
+from slime.backends.shared.checkpoint import CheckpointError
 from slime.data.batch import batch_from_samples
 from slime.data.packed import PackedBatch, pack_rows
 from slime.training.backend import LossOutput, TokenOutputs, Wants

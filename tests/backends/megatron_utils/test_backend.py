@@ -153,7 +153,7 @@ def test_corrections_of_routers_keep_their_precision_in_half_precision(tmp_path:
     expected = {name: buffer for name, buffer in hf.state_dict().items() if name.endswith("e_score_correction_bias")}
     assert expected and not any(torch.equal(value, value.bfloat16().float()) for value in expected.values())
     args = settings_for(tmp_path / "model", bf16=True)
-    theirs, ours = make_backend(args), make_megatron(args, dtype=torch.bfloat16)
+    theirs, ours = make_backend(args), make_megatron(args)
     for backend in (theirs, ours):
         backend.load()
         make_recipe(backend, args, tmp_path).train(0, random_batch())  # type: ignore[arg-type]

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.megatron_cpu import megatron_on_cpu
-from helpers.megatron_training import STEADY, make_megatron
+from helpers.megatron_training import equal, trained
 from helpers.tiny_models import make_tiny_model
-from helpers.training import full_weights, make_recipe, random_batch, run_ranks, settings_for
+from helpers.training import run_ranks
 from transformers import AutoModelForCausalLM
 
-Weights = dict[str, torch.Tensor]
 DISTRIBUTED = {"use_distributed_optimizer": True}
 MOVING_REFERENCE: dict[str, Any] = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 1}
-OPTIMIZERS: list[dict[str, Any]] = [{}, DISTRIBUTED]
+TORCH = {"ckpt_format": "torch"}
+WAYS: list[dict[str, Any]] = [{}, DISTRIBUTED, TORCH, DISTRIBUTED | TORCH]
 LAYOUTS: list[dict[str, Any]] = [
     {"tensor_model_parallel_size": 2, "sequence_parallel": True, **DISTRIBUTED},
     {"pipeline_model_parallel_size": 2, **DISTRIBUTED},
@@ -26,24 +26,7 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
-def trained(model: Path, folder: Path, rollouts: list[int], *, first: int = 0, **settings: Any) -> Weights:
-    """Train from what `settings` say on `rollouts`, save after each where there is a folder; the weights afterwards."""
-    parallel = settings.pop("parallel", {})
-    args = settings_for(model, save=str(folder), **STEADY | {"num_steps_per_rollout": 2} | settings)
-    backend = make_megatron(args, **parallel)
-    assert backend.load() == first
-    recipe = make_recipe(backend, args, folder)  # type: ignore[arg-type]
-    for number in rollouts:
-        recipe.train(number, random_batch(seed=number))
-        backend.save(number)
-    return full_weights(backend)  # type: ignore[arg-type]
-
-
-def equal(ours: Weights, theirs: Weights) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
-@pytest.mark.parametrize("parallel", OPTIMIZERS)
+@pytest.mark.parametrize("parallel", WAYS)
 def test_resumed_equals_uninterrupted_bit_for_bit(parallel: dict[str, Any], model: Path, tmp_path: Path) -> None:
     whole = trained(model, tmp_path / "whole", [0, 1], parallel=parallel)
     trained(model, tmp_path / "parts", [0], parallel=parallel)
@@ -54,16 +37,20 @@ def test_resumed_equals_uninterrupted_bit_for_bit(parallel: dict[str, Any], mode
     assert equal(again, whole)
 
 
-def test_a_step_without_an_optimizer_is_loaded_without_it(model: Path, tmp_path: Path) -> None:
-    before = trained(model, tmp_path, [0], no_save_optim=True)
+@pytest.mark.parametrize("parallel", [{}, TORCH])
+def test_a_step_without_an_optimizer_is_loaded_without_it(
+    parallel: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    before = trained(model, tmp_path, [0], no_save_optim=True, parallel=parallel)
     load = {"load": str(tmp_path), "first": 1}
     assert equal(trained(model, tmp_path / "new", [], no_load_optim=True, **load), before)
     with pytest.raises(ValueError, match="holds no optimizer such as this run"):
         trained(model, tmp_path / "new", [], **load)
 
 
-def test_where_weights_come_from(model: Path, other_model: Path, tmp_path: Path) -> None:
-    saved = trained(model, tmp_path / "saved", [0])
+@pytest.mark.parametrize("parallel", [{}, TORCH])
+def test_where_weights_come_from(parallel: dict[str, Any], model: Path, other_model: Path, tmp_path: Path) -> None:
+    saved = trained(model, tmp_path / "saved", [0], parallel=parallel)
     empty, checkpoint = str(tmp_path / "empty"), str(tmp_path / "saved")
     assert equal(trained(other_model, tmp_path / "new", [], load=empty, ref_load=checkpoint), saved)
     assert equal(trained(other_model, tmp_path / "new", [], load=checkpoint, finetune=True), saved)
@@ -72,9 +59,11 @@ def test_where_weights_come_from(model: Path, other_model: Path, tmp_path: Path)
         trained(model, tmp_path / "new", [], load=checkpoint, ckpt_step=7)
 
 
-def test_a_reference_that_moved_is_kept(model: Path, tmp_path: Path) -> None:
-    whole = trained(model, tmp_path / "whole", [0, 1], **MOVING_REFERENCE)
-    trained(model, tmp_path / "parts", [0], **MOVING_REFERENCE)
+@pytest.mark.parametrize("way", [{}, {"parallel": TORCH}, {"async_save": True}])
+def test_a_reference_that_moved_is_kept(way: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    settings = MOVING_REFERENCE | way
+    whole = trained(model, tmp_path / "whole", [0, 1], **settings)
+    trained(model, tmp_path / "parts", [0], **settings)
     load = str(tmp_path / "parts")
     assert equal(trained(model, tmp_path / "parts", [1], first=1, load=load, **MOVING_REFERENCE), whole)
 

@@ -36,9 +36,7 @@ def test_a_flag_that_this_megatron_lacks_is_refused(model: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ckpt_format": "torch"}, "--ckpt-format torch"),
-        ({"async_save": True, "save": "x"}, "--async-save"),
-        ({"fp16": True}, "--fp16"),
+        ({"ckpt_format": "torch", "expert_tensor_parallel_size": 2}, "--expert-tensor-parallel-size must divide"),
         ({"megatron_args": {"mtp_num_layers": 1}}, "--mtp-num-layers: layers for .* are not trained"),
         ({"advantage_estimator": "ppo", "critic_num_gpus_per_node": 3, "tensor_model_parallel_size": 2}, "The 3 ranks"),
         ({"moe_grouped_gemm": True}, "needs Transformer Engine"),
@@ -50,7 +48,7 @@ def test_a_flag_that_this_megatron_lacks_is_refused(model: Path) -> None:
 def test_what_this_backend_cannot_do_is_refused(settings: dict[str, Any], message: str) -> None:
     args = Args(**{"train_backend": "megatron", "device": "cuda", "actor_num_gpus_per_node": 4} | settings)
     with pytest.raises(ConfigError, match=message):
-        check_megatron(args, args, fp16=args.fp16)
+        check_megatron(args, args)
 
 
 def test_ranks_that_hold_one_model_share_their_samples() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from helpers.training import settings_for
 
-from slime.backends.megatron_utils.folders import META, TRACKER, CheckpointError
 from slime.backends.megatron_utils.sources import critic_run
+from slime.backends.shared.checkpoint import META, TRACKER, CheckpointError
 
 HERE = '{"rollout_id": 3, "num_steps": 4, "schedule": {}}'
 

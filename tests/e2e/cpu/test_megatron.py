@@ -24,7 +24,15 @@ MEGATRON = (
 @pytest.mark.slow
 def test_megatron_samples_trains_saves_and_goes_on(start: Starter) -> None:
     save = start.folder / "ckpt"
-    flags = (*MEGATRON, "--save", str(save), "--save-hf", str(save / "hf_{rollout_id}"), "--check-weight-update-equal")
+    flags = (
+        *MEGATRON,
+        "--save",
+        str(save),
+        "--save-hf",
+        str(save / "hf_{rollout_id}"),
+        "--check-weight-update-equal",
+        "--async-save",
+    )
     run = start(*flags).succeeds()
     assert "Megatron-core 0." in run.output()
     for metrics in run.metrics("train/step"):

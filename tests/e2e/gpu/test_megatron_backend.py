@@ -101,7 +101,7 @@ def recipe_of(backend: TrainBackend, args: Args, folder: Path) -> Recipe:
 
 
 def megatron(args: Args) -> TrainBackend:
-    return open_backend(args, args, GPU, bf16=args.bf16)
+    return open_backend(args, args, GPU)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_compiled_layers_train_as_plain_ones(
     metrics = []
     for flag in ("--no-torch-compile", "--torch-compile"):
         args = settings(model, "megatron", dtype, flag, *recompute)
-        backend = open_backend(args, args, GPU, bf16=args.bf16, torch_compile=args.torch_compile)
+        backend = open_backend(args, args, GPU, torch_compile=args.torch_compile)
         backend.load()
         assert backend.is_compiled == (flag == "--torch-compile")
         recipe = recipe_of(backend, args, tmp_path)

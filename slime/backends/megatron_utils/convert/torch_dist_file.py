@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint
 from torch import Tensor
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
@@ -22,12 +24,16 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+
+from slime.backends.shared.checkpoint import save_durably
 
 FILE_BYTES = 2**30  # torch keeps what it writes to one file in memory until the file ends
 _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
@@ -58,16 +64,59 @@ def write(chunks: Iterable[Chunk], objects: Iterable[str], directory: Path) -> N
     bins = list(_bins(chunks))
     writer = FileSystemWriter(directory, thread_count=1)
     writer.set_up_storage_writer(is_coordinator=True)
-    nothing = SavePlan([WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects])
-    plans = [SavePlan([_item(chunk) for chunk in part]) for part in bins]
+    nothing = _plan((), objects)
+    plans = [_plan(part, ()) for part in bins]
     plans, metadata = create_default_global_save_plan([*plans, nothing])
     plans = writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans])
-    planner = _Streaming({(chunk.key, chunk.offset): chunk for part in bins for chunk in part})
+    planner = _Streaming([chunk for part in bins for chunk in part], dict.fromkeys(objects, _nothing()))
     results = [writer.write_data(plan, planner).wait() for plan in plans]
     writer.finish(metadata, results)
-    common = {"checkpoint_version": 3.0, "iteration": 0}
-    torch.save(common, directory / "common.pt")
+    _complete(directory, {"checkpoint_version": 3.0, "iteration": 0})
+
+
+def write_together(
+    chunks: Sequence[Chunk],
+    objects: Mapping[str, bytes],
+    common: dict[str, Any],
+    directory: Path,
+    *,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """The same by all ranks of `group`, each its own chunks and objects; common: what is not sharded. A collective.
+
+    objects: by key, as `torch.save` writes [object]. Raises torch's CheckpointException on every rank where one fails.
+    """
+    writer = _CompleteWriter(directory, common)
+    planner = _Streaming(chunks, objects)
+    torch.distributed.checkpoint.save({}, storage_writer=writer, planner=planner, process_group=group)
+
+
+class _CompleteWriter(FileSystemWriter):
+    def __init__(self, directory: Path, common: dict[str, Any]) -> None:
+        super().__init__(directory, thread_count=1)
+        self._directory = directory
+        self._common = common
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the first rank, when all have written."""
+        super().finish(metadata, results)
+        _complete(self._directory, self._common)
+
+
+def _complete(directory: Path, common: dict[str, Any]) -> None:
+    save_durably(common, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(_CONFIG | {"common_backend_version": 1}))
+
+
+def _nothing() -> bytes:
+    buffer = io.BytesIO()
+    torch.save([None], buffer)
+    return buffer.getvalue()
+
+
+def _plan(chunks: Iterable[Chunk], objects: Iterable[str]) -> SavePlan:
+    empty = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]
+    return SavePlan([*(_item(chunk) for chunk in chunks), *empty])
 
 
 def _bins(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
@@ -91,15 +140,18 @@ def _item(chunk: Chunk) -> WriteItem:
 class _Streaming(DefaultSavePlanner):
     """Makes each tensor when torch is about to write it."""
 
-    def __init__(self, chunks: dict[tuple[str, tuple[int, ...]], Chunk]) -> None:
-        super().__init__()
-        self._chunks = chunks
+    def __init__(self, chunks: Sequence[Chunk], objects: Mapping[str, bytes]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._chunks = {(chunk.key, chunk.offset): chunk for chunk in chunks}
+        self._objects = objects
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = _plan(self._chunks.values(), self._objects)
+        return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
-            nothing = io.BytesIO()
-            torch.save([None], nothing)
-            return nothing
+            return io.BytesIO(self._objects[write_item.index.fqn])
         assert write_item.index.offset is not None
         chunk = self._chunks[write_item.index.fqn, tuple(write_item.index.offset)]
         tensor = chunk.make()

@@ -70,14 +70,22 @@ def _stages(folder: Path) -> list[list[Path]]:
 
 
 def _model_state(path: Path) -> Mapping[str, Tensor]:
-    module = SimpleNamespace(__name__="pickle", Unpickler=_TensorsOnly, load=pickle.load)
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=module)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise NameMapError(f"{path} cannot be read: {error}") from error
+    state = read_tensors(path)
     if "model" not in state:
         raise NameMapError(f"{path} has no 'model'; virtual pipeline stages are read from the torch_dist format only")
-    return state["model"]
+    model: Mapping[str, Tensor] = state["model"]
+    return model
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """All of a file, mapped into memory; what is neither tensor nor container is inert. Raises NameMapError."""
+    module = SimpleNamespace(__name__="pickle", Unpickler=_TensorsOnly, load=pickle.load)
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=module)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise NameMapError(f"{path} cannot be read: {error}") from error
+    state: dict[str, Any] = loaded
+    return state
 
 
 def _joined(shape: ModelShape, layers: range, name: str, tensors: list[Tensor]) -> Sharded:

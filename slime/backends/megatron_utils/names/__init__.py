@@ -8,7 +8,7 @@
     for name, parameter in model.state_dict().items():     # load: only what this rank holds is read
         if not name.endswith("_extra_state"):
             mapped = map_parameter(shape, place, name)
-            parameter.copy_(local_tensor(mapped, checkpoint.read))
+            fill_local(mapped, checkpoint.read, parameter)
 
     mapped = map_parameter(shape, place, name)             # weight sync and save: the way back
     hf_tensors(mapped, shards)                             # [(hf name, full tensor)]; shards: mapped.num_shards many,
@@ -32,6 +32,7 @@ from slime.backends.megatron_utils.names.mapping import (
     ParallelPlace,
     all_parameters,
     canonical_name,
+    fill_local,
     hf_tensors,
     local_tensor,
     map_parameter,
@@ -50,6 +51,7 @@ __all__ = [
     "all_parameters",
     "canonical_name",
     "check_checkpoint",
+    "fill_local",
     "hf_tensors",
     "local_tensor",
     "map_parameter",

@@ -130,6 +130,21 @@ def local_tensor(mapped: Mapped, read: Read) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
+def fill_local(mapped: Mapped, read: Read, out: Tensor) -> None:
+    """Write the part that this rank holds into `out`, slice by slice, in the dtype of `out`; padding becomes zero."""
+    expected = mapped.local_shape(mapped.rank)
+    if tuple(out.shape) != expected:
+        raise NameMapError(f"{mapped.name} must have shape {expected}, the model has {tuple(out.shape)}")
+    offset = 0
+    for piece in mapped.pieces(mapped.rank):
+        part = out.narrow(mapped.layout.axis, offset, piece.length)
+        offset += piece.length
+        if piece.source == PADDING:
+            part.zero_()
+        else:
+            part.copy_(read(mapped.hf[piece.source].name, mapped.layout.axis, piece.start, piece.stop))
+
+
 def hf_tensors(mapped: Mapped, shards: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
     """The HF tensors that the shards of all ranks, in order, make up; [] for a copy of tied weights.
 

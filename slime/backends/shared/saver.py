@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
-from slime.backends.fsdp_utils import checkpoint
-from slime.backends.fsdp_utils.checkpoint import CheckpointError, Content
+from slime.backends.shared.checkpoint import CheckpointError
 from slime.backends.shared.offload import HostBuffer, snapshot
 from slime.config.run import RunConfig
-from slime.training.backend import NamedTensor
 from slime.weight_sync.disk import write_hf_directory
+
+StateT = TypeVar("StateT")
+Write = Callable[[StateT, dist.ProcessGroup | None], None]
 
 
 class Saver:
@@ -31,15 +35,21 @@ class Saver:
             self._thread = ThreadPoolExecutor(1, "checkpoint")
             self._buffer = HostBuffer()
 
-    def save(self, content: Content, tensors: Iterable[NamedTensor]) -> None:
-        """Write `content` and, with --save-hf, `tensors`, once the save before is through."""
+    def save(
+        self, rollout_id: int, state: StateT, *, write: Write[StateT], tensors: Iterable[tuple[str, Tensor]]
+    ) -> None:
+        """Have `write(state, group)` write a checkpoint once the save before is through, and --save-hf `tensors`.
+
+        state: a nest of containers; with --async-save a copy of its tensors is written. tensors: under Hugging Face
+        names; gathering them is a collective.
+        """
         self.finish()
         if self._group is None:
-            self._write(content, tensors)
+            self._write(rollout_id, partial(write, state, None), tensors)
             return
         held = self._held(tensors) if self.run.save_hf is not None else []
-        content = content._replace(parts=snapshot(content.parts, self._buffer))
-        self._under_way = self._thread.submit(self._write, content, held)
+        copied = partial(write, snapshot(state, self._buffer), self._group)
+        self._under_way = self._thread.submit(self._write, rollout_id, copied, held)
 
     def check(self) -> None:
         """Raise the failure of a save that has failed meanwhile: CheckpointError or OSError."""
@@ -57,15 +67,14 @@ class Saver:
             limit = f"{self.run.train_timeout_s:g} s (--train-timeout-s)"
             raise CheckpointError(f"the checkpoint in {self.run.save} was not written within {limit}") from error
 
-    def _held(self, tensors: Iterable[NamedTensor]) -> list[NamedTensor]:
-        """On the writer's host; gathering is a collective."""
-        return [NamedTensor(name, tensor.to("cpu", copy=True)) for name, tensor in tensors if self.is_writer]
+    def _held(self, tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """On the writer's host."""
+        return [(name, tensor.to("cpu", copy=True)) for name, tensor in tensors if self.is_writer]
 
-    def _write(self, content: Content, tensors: Iterable[NamedTensor]) -> None:
-        assert self.run.save is not None
+    def _write(self, rollout_id: int, write: Callable[[], None], tensors: Iterable[tuple[str, Tensor]]) -> None:
         if self.run.save_hf is not None:
-            directory = Path(self.run.save_hf.format(rollout_id=content.meta.rollout_id))
+            directory = Path(self.run.save_hf.format(rollout_id=rollout_id))
             write_hf_directory(
                 tensors, directory, assets=self.run.hf_checkpoint, is_writer=self.is_writer, is_durable=True
             )
-        checkpoint.save(self.run.save, content, group=self._group)
+        write()
