@@ -100,6 +100,11 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig) -> None:
             cfg.ckpt_format == "torch" and tensor % (cfg.expert_tensor_parallel_size or tensor) != 0,
             "--ckpt-format torch: --expert-tensor-parallel-size must divide --tensor-model-parallel-size",
         ),
+        (
+            bool(cfg.megatron_args.get("optimizer_cpu_offload")),
+            "--optimizer-cpu-offload: Megatron has it in Transformer Engine's precision-aware optimizer alone, which "
+            "the Megatron backend does not step on the host (--train-backend fsdp has --fsdp-cpu-offload)",
+        ),
         (cfg.moe_grouped_gemm and not megatron.has_transformer_engine, "--moe-grouped-gemm needs Transformer Engine"),
     ):
         if is_refused:

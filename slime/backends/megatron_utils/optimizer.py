@@ -69,7 +69,8 @@ def step_if_finite(optimizer: MegatronOptimizer, *, lr: float, clip_grad: float,
     if clip_grad > 0:
         for part in parts_of(optimizer):
             if parameters := part.get_parameters():
-                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
+                is_apart = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(parameters, clip_grad, norm, use_decoupled_grad=is_apart)
     optimizer.step_with_ready_grads()
     return Step(norm, False, scale, False)
 

@@ -39,6 +39,7 @@ def test_a_flag_that_this_megatron_lacks_is_refused(model: Path) -> None:
         ({"ckpt_format": "torch", "expert_tensor_parallel_size": 2}, "--expert-tensor-parallel-size must divide"),
         ({"megatron_args": {"mtp_num_layers": 1}}, "--mtp-num-layers: layers for .* are not trained"),
         ({"advantage_estimator": "ppo", "critic_num_gpus_per_node": 3, "tensor_model_parallel_size": 2}, "The 3 ranks"),
+        ({"megatron_args": {"optimizer_cpu_offload": True}}, "--fsdp-cpu-offload"),
         ({"moe_grouped_gemm": True}, "needs Transformer Engine"),
         ({"device": "cpu"}, "Megatron trains on GPUs"),
         ({"expert_model_parallel_size": 3, "device": "cuda"}, "--expert-model-parallel-size 3"),

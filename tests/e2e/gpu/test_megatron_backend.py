@@ -175,18 +175,45 @@ def test_compiled_layers_train_as_plain_ones(
         assert compiled["train/grad_norm"] == pytest.approx(plain["train/grad_norm"], rel=tolerance)
 
 
-def test_a_checkpoint_goes_on_where_it_was_written(nccl_world: None, model: Path, tmp_path: Path) -> None:
-    args = settings(model, "megatron", "--use-distributed-optimizer", "--save", str(tmp_path / "save"))
+@pytest.mark.parametrize("way", [[], ["--async-save"], ["--ckpt-format", "torch"], ["--fp16", "--async-save"]], ids=str)
+def test_a_checkpoint_goes_on_where_it_was_written(
+    nccl_world: None, model: Path, tmp_path: Path, way: list[str]
+) -> None:
+    flags = ["--use-distributed-optimizer", *way]
+    args = settings(model, "megatron", *flags, "--save", str(tmp_path / "save"))
     backend = megatron(args)
     backend.load()
     recipe = recipe_of(backend, args, tmp_path)
     recipe.train(0, rollout())
     backend.save(0)
     saved = {name: tensor.cpu() for name, tensor in backend.hf_tensors()}
-    expected = recipe.train(1, rollout(1))
-    again = settings(model, "megatron", "--use-distributed-optimizer", "--load", str(tmp_path / "save"))
+    backend.sleep()
+    backend.wake_up()
+    expected = recipe.train(1, rollout(1))  # with --async-save while the checkpoint is written
+    backend.finish_save()
+    again = settings(model, "megatron", *flags, "--load", str(tmp_path / "save"))
     resumed = megatron(again)
     assert resumed.load() == 1
     assert all(torch.equal(tensor.cpu(), saved[name]) for name, tensor in resumed.hf_tensors())
     found = recipe_of(resumed, again, tmp_path).train(1, rollout(1))
     assert found["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-3)
+
+
+def test_float16_finds_its_scale_and_trains_near_float32(nccl_world: None, model: Path, tmp_path: Path) -> None:
+    half, full = settings(model, "megatron", "--fp16"), settings(model, "megatron", "--no-bf16")
+    recipes = []
+    for args in (half, full):
+        backend = megatron(args)
+        backend.load()
+        recipes.append(recipe_of(backend, args, tmp_path))
+    for step in range(3):
+        ours, theirs = (recipe.train(step, rollout()) for recipe in recipes)
+        assert ours["train/overflowed_steps"] == ours["train/skipped_steps"] == 0
+        assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=3e-2)
+    large = settings(model, "megatron", "--fp16", "--initial-loss-scale", str(2.0**36))
+    backend = megatron(large)
+    backend.load()
+    recipe = recipe_of(backend, large, tmp_path)
+    overflows = [recipe.train(step, rollout())["train/overflowed_steps"] for step in range(30)]
+    assert (overflows[0], overflows[-1]) == (1, 0)
+    assert recipe.num_skipped == 0
