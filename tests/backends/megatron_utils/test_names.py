@@ -17,6 +17,7 @@ from slime.backends.megatron_utils.names import (
     ParallelPlace,
     all_parameters,
     check_checkpoint,
+    fill_local,
     hf_tensors,
     local_tensor,
     map_parameter,
@@ -45,6 +46,17 @@ def test_every_family_goes_to_megatron_and_back_bit_for_bit(checkpoint: tuple[Mo
     for name, tensor in back.items():
         assert tensor.dtype == source.tensor(name).dtype
         assert torch.equal(tensor, source.tensor(name)), name
+
+
+def test_a_part_is_filled_in_place_as_it_is_made_anew(checkpoint: tuple[ModelShape, HFDirectory]) -> None:
+    shape, source = checkpoint
+    for parameter in all_parameters(shape, padded_vocab_size=256):
+        part = replace(parameter, rank=1, num_shards=2) if parameter.layout.is_sharded else parameter
+        out = torch.full(part.local_shape(part.rank), torch.nan, dtype=torch.float64)
+        fill_local(part, source.read, out)
+        assert torch.equal(out, local_tensor(part, source.read).double()), part.name
+    with pytest.raises(NameMapError, match=r"output_layer.weight must have shape .*, the model has \(3, 2\)"):
+        fill_local(part, source.read, torch.empty(3, 2))
 
 
 def test_shards_of_ranks_make_up_the_whole(checkpoint: tuple[ModelShape, HFDirectory]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,40 @@ class HFDirectory:
 
     def __init__(self, directory: str | Path) -> None:
         self._files: dict[str, Any] = {}
+        self._unread: dict[str, Path] = {}  # by the tensors in it: a file of which nothing was read yet
         for path in _paths(Path(directory)):
             try:
                 file = safe_open(path, "pt").__enter__()
             except (SafetensorError, OSError) as error:
                 raise NameMapError(f"{path} cannot be read: {error}") from error
             self._files |= dict.fromkeys(file.keys(), file)
+            self._unread |= dict.fromkeys(file.keys(), path)
         slices = {name: file.get_slice(name) for name, file in self._files.items()}
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(part.get_shape()) for name, part in slices.items()}
         self.dtypes = {name: _dtype(name, part.get_dtype()) for name, part in slices.items()}
 
     def read(self, name: str, axis: int, start: int, stop: int) -> Tensor:
         """Rows `start:stop` along `axis` of a tensor, in the dtype of the file."""
+        self._announce(name)
         part = self._files[name].get_slice(name)
         index = (slice(None),) * axis + (slice(start, stop),)
         return part[index]
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""
+        self._announce(name)
         return self._files[name].get_tensor(name)
+
+    def _announce(self, name: str) -> None:
+        """Have the kernel read a file ahead once something of it is wanted: page by page it takes twice as long."""
+        path = self._unread.get(name)
+        if path is None:
+            return
+        self._unread = {other: place for other, place in self._unread.items() if place != path}
+        if hasattr(os, "posix_fadvise"):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.close(descriptor)
 
 
 def _paths(directory: Path) -> list[Path]:
