@@ -33,13 +33,15 @@ class Part(NamedTuple):
 
 def part_of(lms: list[GPTModel], optimizer: Any | None = None, *, iteration: int) -> Part:
     """Weights, and an optimizer's state with them, as they are now, not copied. A collective."""
-    folder = own_folder()
     state = {"checkpoint_version": 3.0, "iteration": iteration}
     state |= named(lms, [dict(lm.state_dict()) for lm in lms])
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
     gathered = None if optimizer is None else _gathered(optimizer)
-    folders = own_folders()
+    folder = own_folder()
+    folders = _of_every_rank(folder)
+    writers = list(filter(None, _of_every_rank(None if gathered is None else folder)))
+    assert len(set(writers)) == len(writers), f"several ranks would write one file: {writers}"
     files = {f"{folder}/{MODEL}": state} if folders.index(folder) == dist.get_rank() else {}
     return Part(files if gathered is None else files | {f"{folder}/{OPTIMIZER}": gathered})
 
@@ -54,11 +56,10 @@ def own_folder() -> str:
     return name
 
 
-def own_folders() -> list[str]:
-    """Of every rank. A collective."""
-    names = [""] * dist.get_world_size()
-    dist.all_gather_object(names, own_folder())
-    return names
+def _of_every_rank(value: str | None) -> list[str | None]:
+    values: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _gathered(optimizer: Any) -> Any:
@@ -105,7 +106,7 @@ def _copy_into(stages: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def _is_of_this_layout(folder: Path) -> bool:
-    return {path.parent.name for path in folder.glob(f"mp_rank_*/{MODEL}")} == set(own_folders())
+    return {path.parent.name for path in folder.glob(f"mp_rank_*/{MODEL}")} == set(_of_every_rank(own_folder()))
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
