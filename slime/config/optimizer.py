@@ -25,7 +25,9 @@ class OptimizerConfig(Group):
     )
     optimizer: Literal["adam"] = arg("adam", "AdamW.")
     only_train_params_name_list: list[str] | None = arg(
-        None, "Regular expressions: of the actor's parameters train those in whose name one is found."
+        None,
+        "Regular expressions: of the actor's parameters train those in whose name one is found; names are those of "
+        "Hugging Face's tensors, with Megatron also its own, layers and experts counted over the whole model.",
     )
     freeze_params_name_list: list[str] | None = arg(None, "Likewise: train all but those.")
     reset_optimizer_states: bool = arg(False, "Moments and step counts of AdamW start anew with each rollout.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,22 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from slime.backends.shared.trained_parameters import trained_names
 from slime.config import OptimizerConfig
 
 
 def freeze(lm: nn.Module, cfg: OptimizerConfig) -> None:
     """Take the parameters that the settings leave out from training, by name. Raises ValueError where none is meant."""
-    patterns = cfg.only_train_params_name_list or cfg.freeze_params_name_list or []
-    if not patterns:
-        return
     named = dict(lm.named_parameters())
-    matching = {name for name in named if any(re.search(pattern, name) for pattern in patterns)}
-    trained = matching if cfg.only_train_params_name_list else named.keys() - matching
-    flag = "--only-train-params-name-list" if cfg.only_train_params_name_list else "--freeze-params-name-list"
-    if not matching:
-        raise ValueError(f"{flag} {' '.join(patterns)} matches none of {', '.join(itertools.islice(named, 3))}, ...")
-    if not trained:
-        raise ValueError(f"{flag} {' '.join(patterns)} leaves no parameter to train")
+    trained = trained_names(dict.fromkeys(named, ()), cfg)
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
 

@@ -23,6 +23,7 @@ from slime.backends.megatron_utils import checkpoint, sources, transformer
 from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.compiled_layer import can_compile
 from slime.backends.megatron_utils.folders import Meta, read_meta
+from slime.backends.megatron_utils.freeze import freeze
 from slime.backends.megatron_utils.gather import gathered_tensors
 from slime.backends.megatron_utils.head import TokenHead, ValueHead
 from slime.backends.megatron_utils.model import (
@@ -156,6 +157,8 @@ class MegatronBackend:
         is_critic = self.role == "critic"
         source = sources.critic_source(self.run) if is_critic else sources.actor_source(self.run)
         self._read(source)
+        if not is_critic:
+            freeze(self.chunk, self.shape, self.run)
         self.chunk.wrapped = [self._wrapped(lm, is_first=index == 0) for index, lm in enumerate(self.chunk.lms)]
         optimizer_config = transformer.optimizer_config(self.run, self.cfg, dtype=self.dtype)
         self.optimizer = make_optimizer(optimizer_config, self.chunk.wrapped)

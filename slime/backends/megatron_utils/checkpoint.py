@@ -24,12 +24,11 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from slime.backends.megatron_utils import optimizer_state
 from slime.backends.megatron_utils.folders import META, TRACKER, CheckpointError, Meta, iteration_folder
 from slime.utils.files import fsync_tree, replace_directory, write_text_atomically
 
 logger = logging.getLogger(__name__)
-
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @contextmanager
@@ -65,14 +64,18 @@ def write(folder: Path, lms: list[nn.Module], optimizer: Any | None = None) -> N
     weights = _sharded(lms)
     state = {"checkpoint_version": 3.0, **weights}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_SHARDING)
+        state["optimizer"] = optimizer_state.sharded(optimizer, _sharded(lms, by_layer=True))
     dist_checkpointing.save(state, str(folder))
 
 
-def _sharded(lms: list[nn.Module]) -> dict[str, Any]:
-    """The weights of each stage under Megatron's names for them; in a file their layers are counted over all."""
+def _sharded(lms: list[nn.Module], *, by_layer: bool = False) -> dict[str, Any]:
+    """The weights of each stage under Megatron's names for them; in a file their layers are counted over all.
+
+    by_layer: each layer has tensors of its own, else those of all layers are one: only some may have optimizer state.
+    """
     names = ["model"] if len(lms) == 1 else [f"model{number}" for number in range(len(lms))]
-    return {name: lm.sharded_state_dict() for name, lm in zip(names, lms, strict=True)}  # type: ignore[operator]
+    metadata = {"non_homogeneous_layers": True} if by_layer else None
+    return {name: lm.sharded_state_dict(metadata=metadata) for name, lm in zip(names, lms, strict=True)}  # type: ignore[operator]
 
 
 def read_weights(folder: Path, lms: list[nn.Module]) -> None:
@@ -87,8 +90,10 @@ def read_optimizer(folder: Path, lms: list[nn.Module], optimizer: Any) -> None:
     """Read moments and step counts; learning rate, decay and betas stay as the settings say."""
     kept = ("lr", "weight_decay", "betas", "eps")
     settings = [{name: group[name] for name in kept} for group in optimizer.param_groups]
-    wanted = optimizer.sharded_state_dict(_sharded(lms), is_loading=True, metadata=_SHARDING)
-    optimizer.load_state_dict(_load(folder, {"optimizer": wanted})["optimizer"])
+    wanted = optimizer_state.sharded(optimizer, _sharded(lms, by_layer=True), is_loading=True)
+    empty = optimizer_state.empty_parts(wanted)
+    loaded = _load(folder, {"optimizer": wanted})["optimizer"]
+    optimizer.load_state_dict(optimizer_state.complete(loaded, empty))
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
 

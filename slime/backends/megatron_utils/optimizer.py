@@ -24,7 +24,8 @@ def make_optimizer(config: MegatronOptimizerConfig, models: list[nn.Module]) -> 
 
 def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
     """Megatron keeps one optimizer for dense parameters and one for experts."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if part.optimizer is not None]  # a rank may hold nothing that is trained
 
 
 @torch.no_grad()
