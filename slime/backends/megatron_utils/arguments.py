@@ -61,6 +61,11 @@ class MegatronConfig(Group):
     custom_megatron_before_train_step_hook_path: str | None = arg(
         None, "f(args, rollout_id, step_id, model, optimizer, opt_param_scheduler), before each optimizer step."
     )
+    custom_model_provider_path: str | None = arg(
+        None,
+        "f(pre_process, post_process, vp_stage=None) -> GPTModel: makes a rank's model; if it names them it gets "
+        "config, transformer_layer_spec and GPTModel's other arguments too.",
+    )
     megatron_args: dict[str, Any] = arg(
         {}, "Further settings of Megatron by name; a flag of the Megatron-LM that is found sets one."
     )

@@ -150,6 +150,7 @@ class MegatronBackend:
             transformer_engine=self.transformer_engine,
             compiled=self.is_compiled,
             device=self.device,
+            provider_path=self.cfg.custom_model_provider_path,
         )
         stages = self.chunk.lms if self.run.use_routing_replay and self.role == "actor" else []
         self.replays = [attach_routing_replay(lm, self.config) for lm in stages]
