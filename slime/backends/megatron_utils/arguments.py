@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from slime.backends.megatron_utils.find import find_megatron
-from slime.config.base import ConfigError, Group, arg, check, check_not_negative, check_positive
+from slime.config.base import ConfigError, Group, arg, check, check_not_negative, check_positive, flag_of
 from slime.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
+
+# Settings of Megatron that must stay as they are.
+FIXED: dict[str, tuple[object, str]] = {
+    "use_megatron_fsdp": (False, "models are wrapped in Megatron's DistributedDataParallel"),
+    "num_distributed_optimizer_instances": (1, "all data-parallel ranks share one optimizer"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +113,9 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig, *, fp16: bool) -> None:
     ):
         if is_refused:
             raise ConfigError(f"{what}. Change that, or use --train-backend fsdp.")
+    for name, (value, reason) in FIXED.items():
+        if cfg.megatron_args.get(name, value) != value:
+            raise ConfigError(f"{flag_of(name)} is not for the Megatron backend: {reason}. Leave it out.")
     check_parallelism(cfg, run.num_trainers, run.context_parallel_size)
     if run.needs_critic:
         check_parallelism(cfg, run.num_critics, run.context_parallel_size)
