@@ -36,6 +36,7 @@ from slime.backends.megatron_utils.model import (
 )
 from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, read_shape
 from slime.backends.megatron_utils.optimizer import (
+    forget,
     gradient_buffers,
     make_optimizer,
     state_tensors,
@@ -307,6 +308,8 @@ class MegatronBackend:
         self.optimizer.zero_grad()
         lr = learning_rate(self.num_steps, self.run, self._total_steps())
         position = divmod(self.num_steps, self.run.num_steps_per_rollout or 1)
+        if self.run.reset_optimizer_states and position[1] == 0:
+            forget(self.optimizer)
         self._call_hook(self.cfg.custom_megatron_before_train_step_hook_path, *position, optimizer=True)
         found = self._run(batches, wants, partial(_loss_of, loss=loss), forward_only=False, replays=self.replays)
         metrics = self._sum_metrics(found)

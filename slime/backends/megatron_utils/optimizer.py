@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -15,17 +16,36 @@ from torch import nn
 
 from slime.backends.megatron_utils.adam import apply_group_step_adam
 
+_MOMENTS = {"exp_avg", "exp_avg_sq", "step"}
+
 
 def make_optimizer(config: MegatronOptimizerConfig, models: list[nn.Module]) -> MegatronOptimizer:
     """models: wrapped, with the weights to start from: half-precision ones get float32 copies now."""
     apply_group_step_adam()
-    return get_megatron_optimizer(config, models)
+    by_shape = getattr(megatron_optimizer, "get_standard_config_overrides", None)  # before 0.16 that is the default
+    options = {} if by_shape is None else {"config_overrides": by_shape(config)}
+    optimizer = get_megatron_optimizer(config, models, **options)
+    for group in optimizer.param_groups:  # Megatron leaves it to its schedule to tell matrices from vectors
+        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+    return optimizer
 
 
 def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
     """Megatron keeps one optimizer for dense parameters and one for experts."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if part.optimizer is not None]  # a rank may hold nothing that is trained
+
+
+@torch.no_grad()
+def forget(optimizer: MegatronOptimizer) -> None:
+    """Moments and step counts back to 0, in place."""
+    for part in parts_of(optimizer):
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                group["step"] *= 0  # a number, or a tensor
+        for state in part.optimizer.state.values():
+            for name in _MOMENTS & state.keys():
+                state[name].zero_()
 
 
 @torch.no_grad()

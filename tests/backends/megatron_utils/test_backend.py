@@ -31,6 +31,8 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         ("llama", {"rollout_temperature": 0.7, "num_steps_per_rollout": 2, "entropy_coef": 0.1}),
         ("glm4", {}),
         ("qwen3_moe", {}),
+        ("qwen2", {"weight_decay": 0.5, "num_steps_per_rollout": 2}),  # of matrices alone
+        ("qwen3_moe", {"reset_optimizer_states": True, "num_steps_per_rollout": 2}),
     ],
 )
 def test_megatron_trains_as_fsdp(architecture: str, settings: dict[str, Any], tmp_path: Path) -> None:
