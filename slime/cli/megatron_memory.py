@@ -4,8 +4,8 @@ weights        the rank's share in the compute type: matrices and embeddings spl
                among expert-parallel and expert-tensor-parallel ones), norms, biases and routers whole; the vocabulary
                padded to what the ranks need
 gradients      of what is trained, in float32 (--no-accumulate-allreduce-grads-in-fp32: the compute type)
-optimizer      float32 moments, in half precision float32 weights too; --use-distributed-optimizer shares them among the
-               data-parallel ranks, experts' among those that hold the same experts
+optimizer      float32 moments (SGD: momentum), in half precision float32 weights too; --use-distributed-optimizer
+               shares them among the data-parallel ranks, experts' among those that hold the same experts
 activations    a layer keeps as `memory_estimate` says of compiled ones (SwiGLU is fused), and the whole product of
                queries, keys and values, of which the values are a part; heads and MLP are split among tensor-parallel
                ranks, residuals and norms too with --sequence-parallel. With full recomputation a unit
@@ -105,7 +105,7 @@ def states(stage: Stage, args: Args, *, compute_bytes: int, num_ranks: int) -> d
         pipeline = args.pipeline_model_parallel_size
         dense_ranks = num_ranks // (args.tensor_model_parallel_size * pipeline)
         expert_ranks = num_ranks // (args.expert_model_parallel_size * _expert_tensor(args) * pipeline)
-    of_value = _ADAM + (_FP32 if compute_bytes < _FP32 else 0)
+    of_value = (_ADAM if args.optimizer == "adam" else _FP32) + (_FP32 if compute_bytes < _FP32 else 0)
     return {
         "weights": compute_bytes * stage.held.both,
         "gradients": (_FP32 if args.accumulate_allreduce_grads_in_fp32 else compute_bytes) * stage.trained.both,

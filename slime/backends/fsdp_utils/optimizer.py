@@ -25,13 +25,18 @@ def freeze(lm: nn.Module, cfg: OptimizerConfig) -> None:
 def adamw(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW on what is trained of `model`, with weight decay on matrices only, as is usual for transformers."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    by_rank = sorted(trained, key=lambda parameter: parameter.ndim < 2)
+    matrices_first = sorted(trained, key=is_decayed, reverse=True)
     groups = [
-        {"params": list(members), "weight_decay": 0.0 if is_vector else cfg.weight_decay}
-        for is_vector, members in itertools.groupby(by_rank, key=lambda parameter: parameter.ndim < 2)
+        {"params": list(members), "weight_decay": cfg.weight_decay if is_matrix else 0.0}
+        for is_matrix, members in itertools.groupby(matrices_first, key=is_decayed)
     ]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.adam_eps, fused=True)
+
+
+def is_decayed(parameter: Tensor) -> bool:
+    """Whether weight decay is for it: for matrices, not for norms and biases."""
+    return parameter.ndim >= 2
 
 
 @torch.no_grad()

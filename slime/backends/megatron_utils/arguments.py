@@ -106,6 +106,7 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig, *, fp16: bool) -> None:
     for is_refused, what in (
         (is_on_cpu, "--device cpu: Megatron trains on GPUs"),
         ("mtp_num_layers" in cfg.megatron_args, "--mtp-num-layers: layers for multi-token prediction are not trained"),
+        (run.optimizer == "sgd" and cfg.use_distributed_optimizer, "--optimizer sgd with --use-distributed-optimizer"),
         (fp16, "--fp16: the Megatron backend computes in bfloat16 or float32"),
         (run.async_save, "--async-save: the Megatron backend saves before it goes on"),
         (cfg.ckpt_format == "torch", "--ckpt-format torch: checkpoints are written as torch_dist"),

@@ -39,6 +39,7 @@ from slime.backends.megatron_utils.optimizer import (
     forget,
     gradient_buffers,
     make_optimizer,
+    set_rates,
     state_tensors,
     step_if_finite,
     without_reduction,
@@ -57,7 +58,7 @@ from slime.backends.megatron_utils.routers import attach_routing_replay, followi
 from slime.backends.megatron_utils.sources import Source
 from slime.backends.megatron_utils.stages import num_virtual_stages
 from slime.backends.shared.export import exported_dtype
-from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
+from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of, weight_decay
 from slime.backends.shared.offload import HostCopy
 from slime.backends.shared.routing_replay import MISMATCH, RoutingReplay, mismatch
 from slime.backends.shared.target_log_probs import LogitRule
@@ -310,13 +311,15 @@ class MegatronBackend:
         position = divmod(self.num_steps, self.run.num_steps_per_rollout or 1)
         if self.run.reset_optimizer_states and position[1] == 0:
             forget(self.optimizer)
+        decay = weight_decay(self.num_steps, self.run, self._total_steps())
+        set_rates(self.optimizer, lr=lr, weight_decay=decay)
         self._call_hook(self.cfg.custom_megatron_before_train_step_hook_path, *position, optimizer=True)
         found = self._run(batches, wants, partial(_loss_of, loss=loss), forward_only=False, replays=self.replays)
         metrics = self._sum_metrics(found)
         if self.replays:
             metrics[MISMATCH] = mismatch(self.replays, self.device)
         norm = step_if_finite(
-            self.optimizer, lr=lr, clip_grad=self.run.clip_grad, is_loss_finite=math.isfinite(metrics["loss"])
+            self.optimizer, clip_grad=self.run.clip_grad, is_loss_finite=math.isfinite(metrics["loss"])
         )
         self.optimizer.zero_grad()
         self.num_steps += 1

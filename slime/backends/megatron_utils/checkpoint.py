@@ -88,8 +88,8 @@ def read_weights(folder: Path, lms: list[nn.Module]) -> None:
 
 def read_optimizer(folder: Path, lms: list[nn.Module], optimizer: Any) -> None:
     """Read moments and step counts; learning rate, decay and betas stay as the settings say."""
-    kept = ("lr", "weight_decay", "betas", "eps")
-    settings = [{name: group[name] for name in kept} for group in optimizer.param_groups]
+    kept = ("lr", "weight_decay", "betas", "eps", "momentum")
+    settings = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
     wanted = optimizer_state.sharded(optimizer, _sharded(lms, by_layer=True), is_loading=True)
     empty = optimizer_state.empty_parts(wanted)
     loaded = _load(folder, {"optimizer": wanted})["optimizer"]

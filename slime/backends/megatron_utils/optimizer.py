@@ -16,7 +16,7 @@ from torch import nn
 
 from slime.backends.megatron_utils.adam import apply_group_step_adam
 
-_MOMENTS = {"exp_avg", "exp_avg_sq", "step"}
+_MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer", "step"}
 
 
 def make_optimizer(config: MegatronOptimizerConfig, models: list[nn.Module]) -> MegatronOptimizer:
@@ -25,9 +25,23 @@ def make_optimizer(config: MegatronOptimizerConfig, models: list[nn.Module]) -> 
     by_shape = getattr(megatron_optimizer, "get_standard_config_overrides", None)  # before 0.16 that is the default
     options = {} if by_shape is None else {"config_overrides": by_shape(config)}
     optimizer = get_megatron_optimizer(config, models, **options)
-    for group in optimizer.param_groups:  # Megatron leaves it to its schedule to tell matrices from vectors
-        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+    if config.optimizer == "sgd":
+        for part in parts_of(optimizer):
+            part.init_state_fn = _start_momentum
     return optimizer
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """What a checkpoint's momentum is loaded into; Megatron makes none for SGD."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def set_rates(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -> None:
+    """Those of the next step; weight decay is for matrices, which Megatron leaves to its schedule to know."""
+    for group in optimizer.param_groups:
+        group |= {"lr": lr, "weight_decay": weight_decay * group.get("wd_mult", 1.0)}
 
 
 def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
@@ -49,10 +63,8 @@ def forget(optimizer: MegatronOptimizer) -> None:
 
 
 @torch.no_grad()
-def step_if_finite(optimizer: MegatronOptimizer, *, lr: float, clip_grad: float, is_loss_finite: bool) -> float:
+def step_if_finite(optimizer: MegatronOptimizer, *, clip_grad: float, is_loss_finite: bool) -> float:
     """One update, gradients clipped to norm `clip_grad` (0: not). Returns the norm before; not finite: no update."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if not (is_loss_finite and math.isfinite(norm)):

@@ -119,6 +119,7 @@ def optimizer_config(run: OptimizerConfig, cfg: MegatronConfig, *, dtype: torch.
         "optimizer": run.optimizer,
         "lr": run.lr,
         "weight_decay": run.weight_decay,
+        "sgd_momentum": run.sgd_momentum,
         "adam_beta1": run.adam_beta1,
         "adam_beta2": run.adam_beta2,
         "adam_eps": run.adam_eps,

@@ -47,6 +47,7 @@ def test_a_flag_that_this_megatron_lacks_is_refused(model: Path) -> None:
         ({"async_save": True, "save": "x"}, "--async-save"),
         ({"fp16": True}, "--fp16"),
         ({"megatron_args": {"mtp_num_layers": 1}}, "--mtp-num-layers: layers for .* are not trained"),
+        ({"optimizer": "sgd", "use_distributed_optimizer": True}, "--optimizer sgd with --use-distributed-optimizer"),
         ({"advantage_estimator": "ppo", "critic_num_gpus_per_node": 3, "tensor_model_parallel_size": 2}, "The 3 ranks"),
         ({"moe_grouped_gemm": True}, "needs Transformer Engine"),
         ({"megatron_args": {"use_megatron_fsdp": True}}, "--use-megatron-fsdp is not for the Megatron backend"),
