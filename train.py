@@ -1,4 +1,8 @@
-"""`python train.py ...` is `slime train ...`."""
+"""`python train.py ...` is `slime train ...`.
+
+Flags of your own: `main(extra_args_provider=f)`, where `f(parser)` adds them and returns the parser. With the Megatron
+backend a function of that name in `pretrain_gpt`, on PYTHONPATH, is found by itself.
+"""
 
 import sys
 

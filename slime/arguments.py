@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from slime.backends.fsdp_utils.arguments import FSDPConfig, check_context_parallel, check_packable
 from slime.backends.megatron_utils.arguments import MegatronConfig, check_megatron
-from slime.backends.megatron_utils.find import find_megatron
+from slime.backends.megatron_utils.extra_args import ExtraArgsProvider, documented_provider, own_settings
+from slime.backends.megatron_utils.find import find_megatron, has_training
 from slime.backends.megatron_utils.stages import num_virtual_stages
 from slime.backends.sglang_utils.arguments import (
     check_flags,
@@ -52,14 +54,17 @@ class Args(RunConfig, FSDPConfig, MegatronConfig):
     if not TYPE_CHECKING:  # for plug-ins; to a type checker a name that no group declares is an error
 
         def __getattr__(self, name: str) -> Any:
-            own = self.__dict__.get("plugin_settings", {})
-            if name in own:
-                return own[name]
+            for own in (self.__dict__.get("plugin_settings", {}), self.__dict__.get("megatron_args", {})):
+                if name in own:
+                    return own[name]
             raise AttributeError(f"there is no setting {name!r}, and none of --plugin-settings")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Args:
+def parse_args(argv: Sequence[str] | None = None, *, extra_args_provider: ExtraArgsProvider | None = None) -> Args:
     """Settings from --custom-config-path (over flags, over --config, over defaults), resolved and checked.
+
+    extra_args_provider: adds flags of the user's own, whose values `args` then has; with the Megatron backend that of
+    the module `pretrain_gpt` counts where it has one and none is given here.
 
     Raises ConfigError with one sentence where a flag is unknown, ill-typed or contradicts another.
     """
@@ -69,8 +74,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     given = vars(namespace)
     values = _from_file(given.pop("config")) if "config" in given else {}
     values |= given
-    if unknown:
-        values["megatron_args"] = _of_megatron(unknown, values) | values.get("megatron_args", {})
+    own, unknown = _own_settings(unknown, values, extra_args_provider)
+    fields, others = _of_megatron(unknown, values) if unknown else ({}, {})
+    values["megatron_args"] = fields | values.get("megatron_args", {})
+    values["plugin_settings"] = own | others | values.get("plugin_settings", {})
     for name, extra in passed_on.items():
         values[name] = values.get(name, []) + extra
     stated = Args(**values)
@@ -82,17 +89,35 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     return args if longest is None else with_context(args, longest)
 
 
-def _of_megatron(words: list[str], values: dict[str, Any]) -> dict[str, Any]:
-    """Settings of Megatron that `words`, of no group, make. Raises ConfigError where they mean nothing."""
+def _own_settings(
+    words: list[str], values: dict[str, Any], provider: ExtraArgsProvider | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings of the user's own flags, and the words that are none of these."""
+    if provider is None and values.get("train_backend", "megatron") == "megatron":
+        with contextlib.suppress(ConfigError):  # it is needed, or not, in its own place
+            find_megatron()
+        provider = documented_provider()
+    return ({}, words) if provider is None else own_settings(words, provider, _known_names())
+
+
+def _of_megatron(words: list[str], values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings that `words`, of no group, make: fields of Megatron's configurations, and others for plug-ins to read.
+
+    Raises ConfigError where they mean nothing.
+    """
     name = words[0].partition("=")[0]
     if not name.startswith("--"):
         raise ConfigError(f"Unexpected argument {name!r}: settings are given as --flag value.")
     near = difflib.get_close_matches(name, _known_flags(), n=1, cutoff=0.85)
-    if values.get("train_backend") == "fsdp" or "hf_checkpoint" not in values or near:
+    if values.get("train_backend") == "fsdp" or "hf_checkpoint" not in values or (near and not has_training()):
         raise unknown_flag_error(name, _known_flags())
     from slime.backends.megatron_utils.flags import further_settings
 
-    return further_settings(words, find_megatron(), values["hf_checkpoint"])
+    return further_settings(words, find_megatron(), values["hf_checkpoint"], _known_flags())
+
+
+def _known_names() -> list[str]:
+    return [setting.name for group in ALL_GROUPS for setting in settings_of(group)]
 
 
 def _known_flags() -> list[str]:

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 
 from slime.arguments import Args
 from slime.backends.megatron_utils.find import find_megatron
+from slime.backends.megatron_utils.names import read_shape
+from slime.backends.megatron_utils.stages import layers_of_ranks as num_layers_of_ranks
+from slime.cli.megatron_memory import Estimate
+from slime.cli.megatron_memory import estimate as megatron_estimate
 from slime.cli.memory_estimate import (
     Counts,
     ModelSize,
@@ -21,6 +25,8 @@ from slime.cli.memory_estimate import (
 )
 from slime.cli.preflight import Findings
 from slime.config import ConfigError
+from slime.config.model import read_model_config
+from slime.ray.engine_command import resolve_engine, transport_kind
 from slime.rollout.eval_data import samples_per_prompt
 from slime.weight_sync.folder import checkpoint_bytes
 
@@ -73,11 +79,8 @@ def _slots(args: Args) -> Iterator[tuple[str, str]]:
         trainers += f", {args.context_parallel_size} share the tokens of a sample"
     yield "trainers", "none (--debug-rollout-only)" if args.debug_rollout_only else trainers
     if args.train_backend == "megatron" and not args.debug_rollout_only:
-        yield (
-            "megatron",
-            f"{find_megatron()}; tensor {args.tensor_model_parallel_size}, pipeline "
-            + (f"{args.pipeline_model_parallel_size}, expert {args.expert_model_parallel_size} parallel"),
-        )
+        yield "megatron", str(find_megatron())
+        yield "parallel", _parallel_layout(args)
     if args.needs_critic:
         yield (
             "critic",
@@ -93,7 +96,29 @@ def _slots(args: Args) -> Iterator[tuple[str, str]]:
     own = "sglang-router, on a free port" + (", for each model" if args.file_models else "")
     external = f"external, {args.sglang_router_ip}:{args.sglang_router_port}"
     yield "router", external if args.sglang_router_ip is not None else own
-    yield "weights travel by", args.update_weight_transport
+    yield "weights travel by", _transport(args)
+
+
+def _parallel_layout(args: Args) -> str:
+    """Who shares what, for Megatron."""
+    tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
+    layers = num_layers_of_ranks(args, read_model_config(args.hf_checkpoint)["num_hidden_layers"])
+    parts = [
+        f"tensor {tensor}" + (", sequence too" if args.sequence_parallel else ""),
+        f"pipeline {args.pipeline_model_parallel_size} ({' + '.join(map(str, layers))} layers)",
+        f"context {context}",
+        f"data {args.num_trainers // (args.model_parallel_size * context)}"
+        + (" (and the optimizer's state)" if args.use_distributed_optimizer else ""),
+    ]
+    if args.expert_model_parallel_size > 1:
+        parts.append(f"experts {args.expert_model_parallel_size} x {args.expert_tensor_parallel_size or tensor}")
+    return "; ".join(parts)
+
+
+def _transport(args: Args) -> str:
+    """The transport of weights on the devices that the run is for."""
+    device = "cuda" if _has_gpus(args) else "cpu"
+    return transport_kind(resolve_engine(args, device), device)
 
 
 def _engines(args: Args) -> Iterator[tuple[str, str]]:
@@ -150,29 +175,34 @@ def _memory(args: Args, findings: Findings, model: MetaModel) -> Iterator[tuple[
     except KeyError as error:
         yield "unknown", f"config.json has no {error}"
         return
-    load = training_load(args) if args.train_backend == "fsdp" else None
-    if load is None:
-        yield "each trainer", f"not estimated for --train-backend {args.train_backend}"
-    elif not args.debug_rollout_only:
-        yield from _trainer_memory(args, size, load)
+    trainer = _trainer_estimate(args, size)
+    if not args.debug_rollout_only:
+        yield from _trainer_memory(args, trainer)
     if not args.debug_train_only:
-        yield from _engine_memory(args, size, model, load)
+        yield from _engine_memory(args, size, model, trainer)
 
 
-def _trainer_memory(args: Args, size: ModelSize, load: TrainingLoad) -> Iterator[tuple[str, str]]:
-    parts = {name: value for name, value in training_peak(size, load).items() if value}
+def _trainer_estimate(args: Args, size: ModelSize) -> Estimate:
+    load = training_load(args)
+    if args.train_backend == "megatron":
+        return megatron_estimate(read_shape(args.hf_checkpoint), size, args, load)
+    return Estimate(training_peak(size, load), asleep_bytes(size, load), 0)
+
+
+def _trainer_memory(args: Args, trainer: Estimate) -> Iterator[tuple[str, str]]:
+    parts = {name: value for name, value in trainer.parts.items() if value}
     details = ", ".join(f"{name} {gib(value)}" for name, value in parts.items())
     peak, total = sum(parts.values()), gpu_bytes()
     yield "each trainer", f"{gib(peak)} at its peak: {details}"
     if total is not None:
         yield "a GPU of this machine", f"{gib(total)}, {peak / total:.0%} of it at a trainer's peak"
+    if trainer.frozen:
+        yield "frozen models", f"{gib(trainer.frozen)} a trainer, page-locked, on the host"
     if args.offload_train:
-        yield "each trainer asleep", f"{gib(asleep_bytes(size, load))}, page-locked, on the host"
+        yield "each trainer asleep", f"{gib(trainer.asleep)}, page-locked, on the host"
 
 
-def _engine_memory(
-    args: Args, size: ModelSize, model: MetaModel, load: TrainingLoad | None
-) -> Iterator[tuple[str, str]]:
+def _engine_memory(args: Args, size: ModelSize, model: MetaModel, trainer: Estimate) -> Iterator[tuple[str, str]]:
     smallest = min((group.num_gpus_per_engine for group in args.policy.groups if group.num_engines), default=1)
     weights = model.counts.num_parameters * model.weight_bytes // smallest
     yield (
@@ -183,8 +213,8 @@ def _engine_memory(
     for other in (other for other in args.file_models if not other.update_weights):
         smallest = min(group.num_gpus_per_engine for group in other.groups if group.num_engines)
         yield f"each engine slot of {other.name}", f"weights {gib(checkpoint_bytes(other.model_path) // smallest)}"
-    if load is not None and args.colocate and not args.debug_rollout_only:
-        both = asleep_bytes(size, load) + weights + 2 * args.update_weight_buffer_size
+    if args.colocate and not args.debug_rollout_only:
+        both = trainer.asleep + weights + 2 * args.update_weight_buffer_size
         yield "while weights are sent", f"{gib(both)}: a trainer's, an engine's weights, two buckets"
 
 

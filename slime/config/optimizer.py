@@ -23,9 +23,12 @@ class OptimizerConfig(Group):
     log_probs_chunk_size: int = arg(
         512, "Tokens whose logits are held at once; memory is this x vocabulary x 10 bytes."
     )
-    optimizer: Literal["adam"] = arg("adam", "AdamW.")
+    optimizer: Literal["adam", "sgd"] = arg("adam", "AdamW; with Megatron also SGD with --sgd-momentum.")
+    sgd_momentum: float = arg(0.9, "Momentum of SGD.")
     only_train_params_name_list: list[str] | None = arg(
-        None, "Regular expressions: of the actor's parameters train those in whose name one is found."
+        None,
+        "Regular expressions: of the actor's parameters train those in whose name one is found; names are those of "
+        "Hugging Face's tensors, with Megatron also its own, layers and experts counted over the whole model.",
     )
     freeze_params_name_list: list[str] | None = arg(None, "Likewise: train all but those.")
     reset_optimizer_states: bool = arg(False, "Moments and step counts of AdamW start anew with each rollout.")
@@ -51,6 +54,11 @@ class OptimizerConfig(Group):
         alias="--override-opt-param-scheduler",
     )
     weight_decay: float = arg(0.0, "Decoupled weight decay, on matrices only.")
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = arg(
+        "constant", "How weight decay goes over the run: it is --weight-decay, or from --start- to --end-weight-decay."
+    )
+    start_weight_decay: float | None = arg(None, "Weight decay of the first optimizer step.")
+    end_weight_decay: float | None = arg(None, "Weight decay at the end of the run.")
     adam_beta1: float = arg(0.9, "Decay of the first moment.")
     adam_beta2: float = arg(0.95, "Decay of the second moment.")
     adam_eps: float = arg(1e-8, "Added to the root of the second moment.")
@@ -63,7 +71,12 @@ class OptimizerConfig(Group):
         check_positive(self, "log_probs_max_tokens_per_gpu", "log_probs_chunk_size", "lr_decay_iters")
         check_positive(self, "lr_wsd_decay_iters", "adam_eps")
         check_not_negative(self, "lr", "min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad")
-        check_not_negative(self, "max_skipped_steps")
+        check_not_negative(self, "max_skipped_steps", "start_weight_decay", "end_weight_decay")
+        style = self.weight_decay_incr_style
+        for name in ("start_weight_decay", "end_weight_decay"):
+            has_one = getattr(self, name) is not None
+            requirement = f"{'left out' if has_one else 'given'} with --weight-decay-incr-style {style}"
+            check(has_one == (style != "constant"), name, requirement, getattr(self, name))
         fraction = self.lr_warmup_fraction
         check(fraction is None or 0 <= fraction <= 1, "lr_warmup_fraction", "between 0 and 1", fraction)
         check(
@@ -88,7 +101,7 @@ class OptimizerConfig(Group):
             "left out with --use-checkpoint-lr-scheduler",
             self.override_lr_scheduler,
         )
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
             check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
         super().__post_init__()
 

@@ -210,10 +210,20 @@ def test_the_plan_tells_memory_awake_and_asleep(make_args: MakeArgs) -> None:
     disaggregated = make_args([ROW], "--rm-type", "random", "--no-colocate", "--rollout-num-gpus", "1")
     names = {name for section in plan(disaggregated, preflight(disaggregated)) for name, _ in section.rows}
     assert not {"each trainer asleep", "while weights are sent"} & names
-    megatron = replace(args, train_backend="megatron")
+
+
+def test_the_plan_of_megatron_says_who_shares_what_and_how_weights_travel(make_args: MakeArgs) -> None:
+    args = make_args([ROW], "--rm-type", "random", "--device", "cuda", "--use-kl-loss", "--kl-loss-coef", "0.1")
+    shared = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "use_distributed_optimizer": True}
+    megatron = replace(args, train_backend="megatron", actor_num_gpus_per_node=8, sequence_parallel=True, **shared)
     rows = dict(row for section in plan(megatron, preflight(megatron)) for row in section.rows)
-    assert rows["each trainer"] == "not estimated for --train-backend megatron"
-    assert "while weights are sent" not in rows
+    expected = "tensor 2, sequence too; pipeline 2 (1 + 1 layers); context 1; data 2 (and the optimizer's state)"
+    assert rows["parallel"] == expected
+    assert rows["weights travel by"] == "disk"  # to the embedded engine
+    for kind in ("weights", "gradients", "optimizer", "activations"):
+        assert f"{kind} " in rows["each trainer"]
+    assert rows["frozen models"].endswith("a trainer, page-locked, on the host")
+    assert "two buckets" in rows["while weights are sent"]
 
 
 def test_what_a_rank_holds_follows_from_the_settings(make_args: MakeArgs) -> None:

@@ -66,6 +66,19 @@ def test_balanced_loads_differ_by_at_most_the_heaviest_sample(costs: list[float]
     assert max(loads) - min(loads) <= max(costs) + 1e-9
 
 
+@given(seed=st.integers(0, 99), num_ranks=st.sampled_from([2, 4, 8]))
+def test_balanced_ranks_get_near_equal_tokens_of_uneven_responses(seed: int, num_ranks: int) -> None:
+    lengths = np.random.default_rng(seed).lognormal(6.5, 0.9, 256).clip(1, 8192).astype(np.int32)
+    costs = sequence_costs(lengths).tolist()
+    worst = []
+    for balance in (True, False):
+        shares = share_among_ranks(costs, num_ranks, balance=balance)
+        tokens = [int(lengths[share].sum()) for share in shares]
+        worst.append(max(tokens) / (sum(tokens) / num_ranks))
+    assert worst[0] < 1.03
+    assert worst[0] <= worst[1]
+
+
 def test_unbalanced_samples_are_dealt_in_turn() -> None:
     assert share_among_ranks([9, 1, 1, 1, 1], 2, balance=False) == [[0, 2, 4], [1, 3]]
 

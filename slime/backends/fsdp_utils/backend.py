@@ -23,9 +23,9 @@ from slime.backends.fsdp_utils.build import Builder, Model, Role, copy_tensors
 from slime.backends.fsdp_utils.context_parallel import context_group
 from slime.backends.fsdp_utils.hf_names import hf_named_tensors
 from slime.backends.fsdp_utils.model import TokenModel, checkpoint_dtype, empty_like, reshard
-from slime.backends.fsdp_utils.optimizer import LossScale, adamw, clip_gradients, forget
+from slime.backends.fsdp_utils.optimizer import LossScale, adamw, clip_gradients, forget, is_decayed
 from slime.backends.fsdp_utils.sources import Source
-from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
+from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of, weight_decay
 from slime.backends.shared.offload import HostCopy, Parking
 from slime.backends.shared.routing_replay import MISMATCH, mismatch
 from slime.backends.shared.saver import Saver
@@ -197,8 +197,9 @@ class FSDPBackend:
         if self.run.reset_optimizer_states and self.num_steps % (self.run.num_steps_per_rollout or 1) == 0:
             forget(self.optimizer)
         lr = learning_rate(self.num_steps, self.run, self._total_steps())
+        decay = weight_decay(self.num_steps, self.run, self._total_steps())
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group |= {"lr": lr, "weight_decay": decay if is_decayed(group["params"][0]) else 0.0}
         return lr
 
     def _backward(self, batch: PackedBatch, loss: LossFn, wants: Wants) -> LossOutput:

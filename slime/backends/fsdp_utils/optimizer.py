@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,22 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from slime.backends.shared.trained_parameters import trained_names
 from slime.config import OptimizerConfig
 
 
 def freeze(lm: nn.Module, cfg: OptimizerConfig) -> None:
     """Take the parameters that the settings leave out from training, by name. Raises ValueError where none is meant."""
-    patterns = cfg.only_train_params_name_list or cfg.freeze_params_name_list or []
-    if not patterns:
-        return
     named = dict(lm.named_parameters())
-    matching = {name for name in named if any(re.search(pattern, name) for pattern in patterns)}
-    trained = matching if cfg.only_train_params_name_list else named.keys() - matching
-    flag = "--only-train-params-name-list" if cfg.only_train_params_name_list else "--freeze-params-name-list"
-    if not matching:
-        raise ValueError(f"{flag} {' '.join(patterns)} matches none of {', '.join(itertools.islice(named, 3))}, ...")
-    if not trained:
-        raise ValueError(f"{flag} {' '.join(patterns)} leaves no parameter to train")
+    trained = trained_names(dict.fromkeys(named, ()), cfg)
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
 
@@ -34,13 +25,18 @@ def freeze(lm: nn.Module, cfg: OptimizerConfig) -> None:
 def adamw(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW on what is trained of `model`, with weight decay on matrices only, as is usual for transformers."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    by_rank = sorted(trained, key=lambda parameter: parameter.ndim < 2)
+    matrices_first = sorted(trained, key=is_decayed, reverse=True)
     groups = [
-        {"params": list(members), "weight_decay": 0.0 if is_vector else cfg.weight_decay}
-        for is_vector, members in itertools.groupby(by_rank, key=lambda parameter: parameter.ndim < 2)
+        {"params": list(members), "weight_decay": cfg.weight_decay if is_matrix else 0.0}
+        for is_matrix, members in itertools.groupby(matrices_first, key=is_decayed)
     ]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.adam_eps, fused=True)
+
+
+def is_decayed(parameter: Tensor) -> bool:
+    """Whether weight decay is for it: for matrices, not for norms and biases."""
+    return parameter.ndim >= 2
 
 
 @torch.no_grad()

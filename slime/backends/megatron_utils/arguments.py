@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from slime.backends.megatron_utils.find import find_megatron
-from slime.config.base import ConfigError, Group, arg, check, check_not_negative, check_positive
+from slime.config.base import ConfigError, Group, arg, check, check_not_negative, check_positive, flag_of
 from slime.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
+
+# Settings of Megatron that must stay as they are.
+FIXED: dict[str, tuple[object, str]] = {
+    "use_megatron_fsdp": (False, "models are wrapped in Megatron's DistributedDataParallel"),
+    "num_distributed_optimizer_instances": (1, "all data-parallel ranks share one optimizer"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,11 @@ class MegatronConfig(Group):
     custom_megatron_before_train_step_hook_path: str | None = arg(
         None, "f(args, rollout_id, step_id, model, optimizer, opt_param_scheduler), before each optimizer step."
     )
+    custom_model_provider_path: str | None = arg(
+        None,
+        "f(pre_process, post_process, vp_stage=None) -> GPTModel: makes a rank's model; if it names them it gets "
+        "config, transformer_layer_spec and GPTModel's other arguments too.",
+    )
     megatron_args: dict[str, Any] = arg(
         {}, "Further settings of Megatron by name; a flag of the Megatron-LM that is found sets one."
     )
@@ -96,6 +107,7 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig) -> None:
     for is_refused, what in (
         (is_on_cpu, "--device cpu: Megatron trains on GPUs"),
         ("mtp_num_layers" in cfg.megatron_args, "--mtp-num-layers: layers for multi-token prediction are not trained"),
+        (run.optimizer == "sgd" and cfg.use_distributed_optimizer, "--optimizer sgd with --use-distributed-optimizer"),
         (
             cfg.ckpt_format == "torch" and tensor % (cfg.expert_tensor_parallel_size or tensor) != 0,
             "--ckpt-format torch: --expert-tensor-parallel-size must divide --tensor-model-parallel-size",
@@ -109,6 +121,9 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig) -> None:
     ):
         if is_refused:
             raise ConfigError(f"{what}. Change that, or use --train-backend fsdp.")
+    for name, (value, reason) in FIXED.items():
+        if cfg.megatron_args.get(name, value) != value:
+            raise ConfigError(f"{flag_of(name)} is not for the Megatron backend: {reason}. Leave it out.")
     check_parallelism(cfg, run.num_trainers, run.context_parallel_size)
     if run.needs_critic:
         check_parallelism(cfg, run.num_critics, run.context_parallel_size)

@@ -63,6 +63,11 @@ class PackedAttention(MegatronModule):
         return gathered.index_select(0, key_index)
 
 
+def has_packed_attention(layer: Any) -> bool:
+    """Whether a transformer layer has slime's attention, which rotates queries and keys itself."""
+    return isinstance(getattr(getattr(layer, "self_attention", None), "core_attention", None), PackedAttention)
+
+
 def _by_segment(
     query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], scale: float | None, dropout: float
 ) -> Tensor:

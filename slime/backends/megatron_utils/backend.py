@@ -23,6 +23,7 @@ from slime.backends.megatron_utils import checkpoint, sources, transformer
 from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.backends.megatron_utils.compiled_layer import can_compile
 from slime.backends.megatron_utils.folders import Meta, read_meta
+from slime.backends.megatron_utils.freeze import freeze
 from slime.backends.megatron_utils.gather import gathered_tensors
 from slime.backends.megatron_utils.head import TokenHead, ValueHead
 from slime.backends.megatron_utils.model import (
@@ -35,9 +36,11 @@ from slime.backends.megatron_utils.model import (
 )
 from slime.backends.megatron_utils.names import HFDirectory, check_checkpoint, read_shape
 from slime.backends.megatron_utils.optimizer import (
+    forget,
     gradient_buffers,
     make_optimizer,
     scalers_of,
+    set_rates,
     state_tensors,
     step_if_finite,
     without_reduction,
@@ -56,7 +59,7 @@ from slime.backends.megatron_utils.routers import attach_routing_replay, followi
 from slime.backends.megatron_utils.sources import Source
 from slime.backends.megatron_utils.stages import num_virtual_stages
 from slime.backends.shared.export import exported_dtype
-from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
+from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of, weight_decay
 from slime.backends.shared.offload import HostCopy, on_host
 from slime.backends.shared.routing_replay import MISMATCH, RoutingReplay, mismatch
 from slime.backends.shared.saver import Saver
@@ -151,6 +154,7 @@ class MegatronBackend:
             transformer_engine=self.transformer_engine,
             compiled=self.is_compiled,
             device=self.device,
+            provider_path=self.cfg.custom_model_provider_path,
         )
         stages = self.chunk.lms if self.run.use_routing_replay and self.role == "actor" else []
         self.replays = [attach_routing_replay(lm, self.config) for lm in stages]
@@ -158,6 +162,8 @@ class MegatronBackend:
         is_critic = self.role == "critic"
         source = sources.critic_source(self.run) if is_critic else sources.actor_source(self.run)
         self._read(source)
+        if not is_critic:
+            freeze(self.chunk, self.shape, self.run)
         self.chunk.wrapped = [self._wrapped(lm, is_first=index == 0) for index, lm in enumerate(self.chunk.lms)]
         optimizer_config = transformer.optimizer_config(self.run, self.cfg, dtype=self.dtype)
         self.optimizer = make_optimizer(optimizer_config, self.chunk.wrapped)
@@ -305,13 +311,17 @@ class MegatronBackend:
         self.optimizer.zero_grad()
         lr = learning_rate(self.num_steps, self.run, self._total_steps())
         position = divmod(self.num_steps, self.run.num_steps_per_rollout or 1)
+        if self.run.reset_optimizer_states and position[1] == 0:
+            forget(self.optimizer)
+        decay = weight_decay(self.num_steps, self.run, self._total_steps())
+        set_rates(self.optimizer, lr=lr, weight_decay=decay)
         self._call_hook(self.cfg.custom_megatron_before_train_step_hook_path, *position, optimizer=True)
         found = self._run(batches, wants, partial(_loss_of, loss=loss), forward_only=False, replays=self.replays)
         metrics = self._sum_metrics(found)
         if self.replays:
             metrics[MISMATCH] = mismatch(self.replays, self.device)
         step = step_if_finite(
-            self.optimizer, lr=lr, clip_grad=self.run.clip_grad, is_loss_finite=math.isfinite(metrics["loss"])
+            self.optimizer, clip_grad=self.run.clip_grad, is_loss_finite=math.isfinite(metrics["loss"])
         )
         self.optimizer.zero_grad()
         self.num_steps += 1

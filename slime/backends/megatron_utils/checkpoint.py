@@ -69,8 +69,8 @@ def read_weights(folder: Path, chunk: Chunk, shape: ModelShape, *, is_critic: bo
 
 def read_optimizer(folder: Path, chunk: Chunk, optimizer: Any) -> None:
     """Read moments and step counts; learning rate, decay and betas stay as the settings say."""
-    kept = ("lr", "weight_decay", "betas", "eps")
-    settings = [{name: group[name] for name in kept} for group in optimizer.param_groups]
+    kept = ("lr", "weight_decay", "betas", "eps", "momentum")
+    settings = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
     if is_torch_format(folder):
         torch_files.read_optimizer(folder, optimizer)
     else:

@@ -49,6 +49,14 @@ def find_megatron() -> Megatron:
     )
 
 
+def has_training() -> bool:
+    """Whether what is found, if anything, brings the parser of Megatron-LM."""
+    try:
+        return find_megatron().has_training
+    except ConfigError:
+        return False
+
+
 def _folder_of(package: str) -> Path | None:
     try:
         found = importlib.util.find_spec(package)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import contextlib
+import logging
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from slime.backends.megatron_utils.find import Megatron
 from slime.backends.megatron_utils.model_arguments import MODEL_FLAGS, check_given, given_flags
 from slime.backends.megatron_utils.names import read_shape
-from slime.config.base import ConfigError
+from slime.config.base import ConfigError, flag_of
 from slime.config.flags import unknown_flag_error
+
+logger = logging.getLogger(__name__)
 
 # Of Megatron's own attention and kernels; slime's have one way.
 KERNELS = frozenset({"--attention-softmax-in-fp32", "--attention-backend", "--no-rope-fusion"})
@@ -17,11 +22,18 @@ KERNELS = frozenset({"--attention-softmax-in-fp32", "--attention-backend", "--no
 IGNORED = frozenset({"--seq-length", "--max-position-embeddings", "--make-vocab-size-divisible-by"})
 
 
-def further_settings(words: list[str], megatron: Megatron, hf_checkpoint: str) -> dict[str, Any]:
-    """What `words`, which no group of slime declares, set in Megatron, by the names of its configurations.
+class Further(NamedTuple):
+    """fields: settings of Megatron by the names of its configurations. others: what plug-ins may read of `args`."""
 
-    Model arguments are compared with config.json and set nothing. Raises ConfigError for a flag that nobody knows, or
-    one that contradicts config.json.
+    fields: dict[str, Any]
+    others: dict[str, Any]
+
+
+def further_settings(words: list[str], megatron: Megatron, hf_checkpoint: str, known: Iterable[str] = ()) -> Further:
+    """What `words`, which no group of slime declares, set.
+
+    Model arguments are compared with config.json and set nothing. known: flags that may have been meant. Raises
+    ConfigError for a flag that nobody knows, or one that contradicts config.json.
     """
     try:
         given = given_flags(words)
@@ -31,10 +43,10 @@ def further_settings(words: list[str], megatron: Megatron, hf_checkpoint: str) -
         raise ConfigError(str(error)) from error
     further = _without(words, MODEL_FLAGS | IGNORED | (frozenset() if megatron.has_training else KERNELS))
     if not further:
-        return {}
+        return Further({}, {})
     if not megatron.has_training:
         raise unknown_flag_error(f"{further[0].partition('=')[0]} ({megatron})", MODEL_FLAGS)
-    return _parsed(further)
+    return _sorted(_parsed(further, megatron, known))
 
 
 def _without(words: list[str], flags: frozenset[str]) -> list[str]:
@@ -47,12 +59,33 @@ def _without(words: list[str], flags: frozenset[str]) -> list[str]:
     return kept
 
 
-def _parsed(words: list[str]) -> dict[str, Any]:
-    """What the parser of Megatron-LM makes of `words`, without its defaults."""
-    from megatron.training.arguments import add_megatron_arguments
+def megatron_parser() -> argparse.ArgumentParser:
+    """The parser of the Megatron-LM that is found, with all its flags. Raises ImportError where it lacks something."""
+    from megatron.training.arguments import parse_args
 
-    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
-    add_megatron_arguments(parser)
+    parsers: list[argparse.ArgumentParser] = []
+
+    def take(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parsers.append(parser)
+        raise _Taken
+
+    with contextlib.suppress(_Taken):
+        parse_args(take)
+    return parsers[0]
+
+
+class _Taken(Exception):
+    """Ends Megatron's `parse_args` before it reads the command line."""
+
+
+def _parsed(words: list[str], megatron: Megatron, known: Iterable[str]) -> dict[str, Any]:
+    """What the parser of Megatron-LM makes of `words`, without its defaults."""
+    name = words[0].partition("=")[0]
+    try:
+        parser = megatron_parser()
+    except ImportError as error:
+        raise ConfigError(f"{name} may be a flag of {megatron}, whose parser cannot be imported: {error}.") from error
+    parser.exit_on_error = False
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     try:
@@ -60,6 +93,21 @@ def _parsed(words: list[str]) -> dict[str, Any]:
     except argparse.ArgumentError as error:
         raise ConfigError(f"Megatron-LM: {error}.") from error
     if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        raise unknown_flag_error(unknown[0].partition("=")[0], known)
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise unknown_flag_error(unknown[0].partition("=")[0], [*known, *flags])
     return vars(namespace)
+
+
+def _sorted(parsed: dict[str, Any]) -> Further:
+    """Says which of the settings have no effect."""
+    from slime.backends.megatron_utils.effects import as_fields, has_effect
+
+    named = as_fields(parsed)
+    fields = {name: value for name, value in named.items() if has_effect(name)}
+    others = {name: value for name, value in named.items() if name not in fields}
+    if others:
+        logger.warning(
+            "without effect, for they belong to parts of Megatron-LM that slime does not use: %s",
+            ", ".join(map(flag_of, sorted(others))),
+        )
+    return Further(fields, others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from slime.backends.megatron_utils.attention import has_packed_attention
 from slime.backends.megatron_utils.layers import apply_without_transformer_engine, block_spec
 from slime.backends.megatron_utils.names import ModelShape, ParallelPlace, fill_local, map_parameter
 from slime.backends.megatron_utils.names.mapping import Read
 from slime.backends.megatron_utils.parallel import place_of
+from slime.backends.megatron_utils.provider import check_provided, provided_model
 from slime.backends.megatron_utils.rotary import take_rotation
 
 Weights = dict[str, Tensor]
@@ -62,9 +65,14 @@ def build_chunk(
     transformer_engine: bool,
     compiled: bool = False,
     device: torch.device,
+    provider_path: str | None = None,
 ) -> Chunk:
-    """This rank's stages, with random weights. options: `transformer.model_options`. compiled: see `can_compile`."""
+    """This rank's stages, with random weights. options: `transformer.model_options`. compiled: see `can_compile`.
+
+    provider_path: of the user's function that makes each. Raises ValueError where that is not the model of `shape`.
+    """
     apply_without_transformer_engine()
+    make = GPTModel if provider_path is None else partial(provided_model, provider_path)
     count = config.virtual_pipeline_model_parallel_size
     lms = []
     for stage in [None] if count is None else range(count):
@@ -75,18 +83,22 @@ def build_chunk(
             compiled=compiled,
             vp_stage=stage,
         )
-        lm = GPTModel(
-            config,
-            spec,
+        lm = make(
+            config=config,
+            transformer_layer_spec=spec,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             vp_stage=stage,
             **options,
         ).to(device)
-        if not transformer_engine and not config.multi_latent_attention:
+        has_own_kernels = transformer_engine or config.multi_latent_attention
+        if not has_own_kernels and all(map(has_packed_attention, lm.decoder.layers)):
             take_rotation(lm)
         lms.append(lm)
-    return Chunk(lms, place_of(range(shape.num_layers), options["vocab_size"]))
+    chunk = Chunk(lms, place_of(range(shape.num_layers), options["vocab_size"]))
+    if provider_path is not None:
+        check_provided(provider_path, chunk.weights(), shape, chunk.place)
+    return chunk
 
 
 @torch.no_grad()

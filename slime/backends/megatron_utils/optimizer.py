@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -16,11 +17,32 @@ from torch import nn
 
 from slime.backends.megatron_utils.adam import apply_group_step_adam
 
+_MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer", "step"}
+
 
 def make_optimizer(config: MegatronOptimizerConfig, models: list[nn.Module]) -> MegatronOptimizer:
     """models: wrapped, with the weights to start from: half-precision ones get float32 copies now."""
     apply_group_step_adam()
-    return get_megatron_optimizer(config, models)
+    by_shape = getattr(megatron_optimizer, "get_standard_config_overrides", None)  # before 0.16 that is the default
+    options = {} if by_shape is None else {"config_overrides": by_shape(config)}
+    optimizer = get_megatron_optimizer(config, models, **options)
+    if config.optimizer == "sgd":
+        for part in parts_of(optimizer):
+            part.init_state_fn = _start_momentum
+    return optimizer
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """What a checkpoint's momentum is loaded into; Megatron makes none for SGD."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def set_rates(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -> None:
+    """Those of the next step; weight decay is for matrices, which Megatron leaves to its schedule to know."""
+    for group in optimizer.param_groups:
+        group |= {"lr": lr, "weight_decay": weight_decay * group.get("wd_mult", 1.0)}
 
 
 def make_moments(optimizer: MegatronOptimizer) -> None:
@@ -33,7 +55,8 @@ def make_moments(optimizer: MegatronOptimizer) -> None:
 
 def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
     """Megatron keeps one optimizer for dense parameters and one for experts."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if part.optimizer is not None]  # a rank may hold nothing that is trained
 
 
 def scalers_of(optimizer: MegatronOptimizer) -> list[Any]:
@@ -51,10 +74,20 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def step_if_finite(optimizer: MegatronOptimizer, *, lr: float, clip_grad: float, is_loss_finite: bool) -> Step:
+def forget(optimizer: MegatronOptimizer) -> None:
+    """Moments and step counts back to 0, in place."""
+    for part in parts_of(optimizer):
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                group["step"] *= 0  # a number, or a tensor
+        for state in part.optimizer.state.values():
+            for name in _MOMENTS & state.keys():
+                state[name].zero_()
+
+
+@torch.no_grad()
+def step_if_finite(optimizer: MegatronOptimizer, *, clip_grad: float, is_loss_finite: bool) -> Step:
     """One update, gradients clipped to norm `clip_grad` (0: not); none where the loss or the norm is not finite."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     scalers = scalers_of(optimizer)
     before = scalers[0].state_dict() if scalers else {}
     scale = float(scalers[0].scale) if scalers else None

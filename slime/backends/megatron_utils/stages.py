@@ -6,6 +6,8 @@ rank 0 has begun comes back to it after 2 layers of rank 1 and not after 4, so t
 
 from __future__ import annotations
 
+from typing import Any
+
 from slime.backends.megatron_utils.arguments import MegatronConfig
 from slime.config.base import ConfigError
 
@@ -24,7 +26,7 @@ def num_virtual_stages(cfg: MegatronConfig, num_layers: int) -> int:
     """
     if "virtual_pipeline_model_parallel_size" in cfg.megatron_args:
         raise ConfigError(f"virtual_pipeline_model_parallel_size is no setting of its own: give {_VIRTUAL}.")
-    count = _of_layout(cfg) if _LAYOUT in cfg.megatron_args else _of_layers(cfg, _layers_of_ranks(cfg, num_layers))
+    count = _of_layout(cfg) if _LAYOUT in cfg.megatron_args else _of_layers(cfg, layers_of_ranks(cfg, num_layers))
     if count > 1 and cfg.pipeline_model_parallel_size == 1:
         raise ConfigError("Virtual pipeline stages need --pipeline-model-parallel-size above 1.")
     for name in _COMMUNICATION:
@@ -40,13 +42,16 @@ def micro_batch_group(cfg: MegatronConfig, num_virtual: int) -> int:
 
 
 def _of_layout(cfg: MegatronConfig) -> int:
+    return int(_layout(cfg).virtual_pipeline_model_parallel_size)
+
+
+def _layout(cfg: MegatronConfig) -> Any:
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     try:
-        layout = PipelineParallelLayerLayout(cfg.megatron_args[_LAYOUT], cfg.pipeline_model_parallel_size)
+        return PipelineParallelLayerLayout(cfg.megatron_args[_LAYOUT], cfg.pipeline_model_parallel_size)
     except AssertionError as error:
         raise ConfigError(f"--pipeline-model-parallel-layout: {error}.") from error
-    return int(layout.virtual_pipeline_model_parallel_size)
 
 
 def _of_layers(cfg: MegatronConfig, layers: list[int]) -> int:
@@ -63,7 +68,11 @@ def _of_layers(cfg: MegatronConfig, layers: list[int]) -> int:
     return count
 
 
-def _layers_of_ranks(cfg: MegatronConfig, num_layers: int) -> list[int]:
+def layers_of_ranks(cfg: MegatronConfig, num_layers: int) -> list[int]:
+    """The number of layers of each pipeline rank. Raises ConfigError where they cannot be shared so."""
+    if _LAYOUT in cfg.megatron_args:
+        ranks = _layout(cfg).layout
+        return [sum(part.name == "decoder" for stage in rank for part in stage) for rank in ranks]
     first, last = cfg.decoder_first_pipeline_num_layers, cfg.decoder_last_pipeline_num_layers
     size = cfg.pipeline_model_parallel_size
     num_middle = size - (first is not None) - (last is not None)

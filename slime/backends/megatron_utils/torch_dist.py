@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils._pytree import tree_leaves
 
+from slime.backends.megatron_utils import optimizer_state
 from slime.backends.megatron_utils.convert.torch_dist_file import Chunk, write_together
 from slime.backends.megatron_utils.model import named
 from slime.backends.shared.checkpoint import CheckpointError, reason_of
-
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class Box(NamedTuple):
@@ -48,7 +47,7 @@ def part_of(lms: list[GPTModel], optimizer: Any | None = None) -> Part:
     weights = _sharded(lms)
     state = {"checkpoint_version": 3.0, **weights}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_SHARDING)
+        state["optimizer"] = optimizer_state.sharded(optimizer, _sharded(lms, by_layer=True))
     sharded, common = save_preprocess(state)
     own = [leaf for leaf in tree_leaves(sharded) if is_main_replica(leaf.replica_id)]
     tensors = [leaf for leaf in own if isinstance(leaf, ShardedTensor)]
@@ -56,9 +55,13 @@ def part_of(lms: list[GPTModel], optimizer: Any | None = None) -> Part:
     return Part(tuple(map(_box, tensors)), [leaf.data.detach() for leaf in tensors], objects, common)
 
 
-def _sharded(lms: list[GPTModel]) -> dict[str, Any]:
-    """The weights of each stage; in a file their layers are counted over all."""
-    return named(lms, [lm.sharded_state_dict() for lm in lms])
+def _sharded(lms: list[GPTModel], *, by_layer: bool = False) -> dict[str, Any]:
+    """The weights of each stage; in a file their layers are counted over all.
+
+    by_layer: each layer has tensors of its own, else those of all layers are one: only some may have optimizer state.
+    """
+    metadata = {"non_homogeneous_layers": True} if by_layer else None
+    return named(lms, [lm.sharded_state_dict(metadata=metadata) for lm in lms])
 
 
 def _box(leaf: ShardedTensor) -> Box:
@@ -92,8 +95,10 @@ def read_weights(folder: Path, lms: list[GPTModel]) -> None:
 
 def read_optimizer(folder: Path, lms: list[GPTModel], optimizer: Any) -> None:
     """Read an optimizer's state."""
-    wanted = optimizer.sharded_state_dict(_sharded(lms), is_loading=True, metadata=_SHARDING)
-    optimizer.load_state_dict(_load(folder, {"optimizer": wanted})["optimizer"])
+    wanted = optimizer_state.sharded(optimizer, _sharded(lms, by_layer=True), is_loading=True)
+    empty = optimizer_state.empty_parts(wanted)
+    loaded = _load(folder, {"optimizer": wanted})["optimizer"]
+    optimizer.load_state_dict(optimizer_state.complete(loaded, empty))
 
 
 def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:

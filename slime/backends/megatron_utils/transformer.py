@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -15,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from slime.backends.megatron_utils.arguments import MegatronConfig
+from slime.backends.megatron_utils.effects import fields_for, has_effect
 from slime.backends.megatron_utils.model_arguments import gpt_model_options, transformer_config_fields
 from slime.backends.megatron_utils.names import ModelShape
 from slime.backends.megatron_utils.stages import num_virtual_stages
@@ -23,8 +23,6 @@ from slime.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 
-# Weights are gathered when a step ends, since they are read then, and not while the next forward runs.
-_LATE_GATHERING = frozenset({"overlap_param_gather", "overlap_param_gather_with_optimizer_step"})
 LONGEST = 2**31  # positions: rotary embeddings are made for the sequences that come
 
 
@@ -58,7 +56,7 @@ def transformer_config(
         "apply_rope_fusion": transformer_engine and not shape.rotary_interleaved and shape.mla is None,
     }
     kind = TransformerConfig if shape.mla is None else MLATransformerConfig
-    further = _further(cfg, kind)
+    further = fields_for(kind, cfg.megatron_args)
     return kind(**fields | transformer_config_fields(shape) | _parallel(cfg, shape) | _settings(cfg) | further)
 
 
@@ -113,7 +111,7 @@ def ddp_config(cfg: MegatronConfig) -> DistributedDataParallelConfig:
         "overlap_grad_reduce": cfg.overlap_grad_reduce,
         "grad_reduce_in_fp32": cfg.accumulate_allreduce_grads_in_fp32,
     }
-    return DistributedDataParallelConfig(**fields | _further(cfg, DistributedDataParallelConfig))
+    return DistributedDataParallelConfig(**fields | fields_for(DistributedDataParallelConfig, cfg.megatron_args))
 
 
 def optimizer_config(run: RunConfig, cfg: MegatronConfig, *, dtype: torch.dtype) -> MegatronOptimizerConfig:
@@ -122,6 +120,7 @@ def optimizer_config(run: RunConfig, cfg: MegatronConfig, *, dtype: torch.dtype)
         "optimizer": run.optimizer,
         "lr": run.lr,
         "weight_decay": run.weight_decay,
+        "sgd_momentum": run.sgd_momentum,
         "adam_beta1": run.adam_beta1,
         "adam_beta2": run.adam_beta2,
         "adam_eps": run.adam_eps,
@@ -134,23 +133,14 @@ def optimizer_config(run: RunConfig, cfg: MegatronConfig, *, dtype: torch.dtype)
         "params_dtype": dtype,
         "use_distributed_optimizer": cfg.use_distributed_optimizer,
     }
-    return MegatronOptimizerConfig(**fields | _further(cfg, MegatronOptimizerConfig))
+    return MegatronOptimizerConfig(**fields | fields_for(MegatronOptimizerConfig, cfg.megatron_args))
 
 
 def warn_of_settings_without_effect(cfg: MegatronConfig) -> None:
-    """Of --megatron-args and of Megatron's own flags: those of parts of Megatron that slime does not use."""
-    kinds: tuple[Any, ...] = (MLATransformerConfig, MegatronOptimizerConfig, DistributedDataParallelConfig)
-    known = {item.name for kind in kinds for item in dataclasses.fields(kind)}
-    for name in sorted(cfg.megatron_args.keys() & _LATE_GATHERING):
-        logger.warning("%s has no effect: weights are read when a step ends", name)
-    for name in sorted(cfg.megatron_args.keys() - known):
-        logger.warning("%s has no effect: it is no setting of Megatron's model, optimizer or data parallelism", name)
-
-
-def _further(cfg: MegatronConfig, kind: Any) -> dict[str, Any]:
-    """Those of --megatron-args that this configuration has and that have an effect."""
-    names = {item.name for item in dataclasses.fields(kind)} - _LATE_GATHERING
-    return {name: value for name, value in cfg.megatron_args.items() if name in names}
+    """Of --megatron-args: those of parts of Megatron that slime does not use."""
+    for name in sorted(cfg.megatron_args):
+        if not has_effect(name):
+            logger.warning("%s has no effect: slime does it in its own way, or not at all", name)
 
 
 def model_options(shape: ModelShape, cfg: MegatronConfig, *, is_critic: bool) -> dict[str, Any]:

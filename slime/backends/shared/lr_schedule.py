@@ -1,4 +1,4 @@
-"""The learning rate as a function of the optimizer step; names and shapes as Megatron-LM's OptimizerParamScheduler."""
+"""Learning rate and weight decay by optimizer step; names and shapes as Megatron-LM's OptimizerParamScheduler."""
 
 from __future__ import annotations
 
@@ -59,6 +59,17 @@ def learning_rate(step: int, cfg: OptimizerConfig, total_steps: int) -> float:
     progress = (step - warmup_steps) / max(1, decay_steps - warmup_steps)
     factor = 1 - progress if cfg.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return cfg.min_lr + factor * (cfg.lr - cfg.min_lr)
+
+
+def weight_decay(step: int, cfg: OptimizerConfig, total_steps: int) -> float:
+    """That of optimizer step `step` (from 0) of a run of `total_steps`, for what decays at all."""
+    if cfg.weight_decay_incr_style == "constant":
+        return cfg.weight_decay
+    assert cfg.start_weight_decay is not None
+    assert cfg.end_weight_decay is not None
+    progress = min(1.0, step / total_steps)
+    factor = progress if cfg.weight_decay_incr_style == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
+    return cfg.start_weight_decay + factor * (cfg.end_weight_decay - cfg.start_weight_decay)
 
 
 def _wsd_factor(step: int, cfg: OptimizerConfig, decay_steps: int) -> float:

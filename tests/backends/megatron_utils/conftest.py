@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 from helpers.megatron_cpu import megatron_on_cpu
 
+from slime.backends.megatron_utils.find import find_megatron
+from slime.config.base import ConfigError
+
 
 @pytest.fixture(scope="module", autouse=True)
 def megatron() -> Iterator[None]:
@@ -16,3 +19,11 @@ def megatron() -> Iterator[None]:
 
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
+
+
+def pytest_report_header() -> str:
+    """Which Megatron the tests of this folder have."""
+    try:
+        return f"megatron: {find_megatron()}"
+    except ConfigError as error:
+        return f"megatron: {error}"

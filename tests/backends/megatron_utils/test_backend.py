@@ -31,6 +31,9 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         ("llama", {"rollout_temperature": 0.7, "num_steps_per_rollout": 2, "entropy_coef": 0.1}),
         ("glm4", {}),
         ("qwen3_moe", {}),
+        ("qwen2", {"weight_decay": 0.5, "num_steps_per_rollout": 2}),  # of matrices alone
+        ("qwen2", {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 5.0}),
+        ("qwen3_moe", {"reset_optimizer_states": True, "num_steps_per_rollout": 2}),
     ],
 )
 def test_megatron_trains_as_fsdp(architecture: str, settings: dict[str, Any], tmp_path: Path) -> None:
@@ -84,6 +87,24 @@ def test_what_saves_memory_changes_nothing(parallel: dict[str, Any], tmp_path: P
         backend.load()
         runs.append(two_rollouts(backend, args, tmp_path))
     assert_close(runs[1].weights, runs[0].weights)
+
+
+def test_sgd_goes_down_the_gradient_and_on_from_a_checkpoint(model: Path, tmp_path: Path) -> None:
+    args = settings_for(model, optimizer="sgd", lr=0.01, clip_grad=0.0, save=str(tmp_path / "save"), num_rollout=20)
+    backend = make_megatron(args)
+    backend.load()
+    before = full_weights(backend)  # type: ignore[arg-type]
+    recipe = make_recipe(backend, args, tmp_path)  # type: ignore[arg-type]
+    metrics = recipe.train(0, random_batch(seed=0))
+    after = full_weights(backend)  # type: ignore[arg-type]
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in before]).norm()
+    assert moved / 0.01 == pytest.approx(metrics["train/grad_norm"], rel=1e-3)
+    backend.save(0)
+    again = make_megatron(dataclasses.replace(args, load=args.save))
+    assert again.load() == 1
+    runs = [two_rollouts(candidate, args, tmp_path) for candidate in (backend, again)]
+    assert runs[0].metrics == runs[1].metrics
+    assert all(torch.equal(tensor, runs[1].weights[name]) for name, tensor in runs[0].weights.items())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "deepseek_v3", "glm4_moe"])

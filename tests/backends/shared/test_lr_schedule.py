@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of
+from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of, weight_decay
 from slime.config import OptimizerConfig
 from slime.config.base import ConfigError
 
@@ -124,3 +124,21 @@ def test_a_constant_rate_does_not_care_how_long_the_run_is(caplog: pytest.LogCap
 def test_one_schedule_is_chosen() -> None:
     with pytest.raises(ConfigError, match="--override-lr-scheduler must be left out with --use-checkpoint-lr-"):
         OptimizerConfig(use_checkpoint_lr_scheduler=True, override_lr_scheduler=True)
+
+
+def test_weight_decay_goes_from_start_to_end_or_stays() -> None:
+    def decays(style: Any, **settings: Any) -> list[float]:
+        cfg = OptimizerConfig(weight_decay_incr_style=style, **settings)
+        return [weight_decay(step, cfg, 4) for step in range(6)]
+
+    ends = {"start_weight_decay": 0.1, "end_weight_decay": 0.5}
+    assert decays("constant", weight_decay=0.3) == [0.3] * 6
+    assert decays("linear", **ends) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+    halves = [0.5 * (1 - math.cos(math.pi * quarter / 4)) for quarter in (0, 1, 2, 3, 4, 4)]
+    assert decays("cosine", **ends) == pytest.approx([0.1 + 0.4 * half for half in halves])
+    with pytest.raises(ConfigError, match="--start-weight-decay must be given with --weight-decay-incr-style linear"):
+        OptimizerConfig(weight_decay_incr_style="linear", end_weight_decay=0.5)
+    with pytest.raises(
+        ConfigError, match="--end-weight-decay must be left out with --weight-decay-incr-style constant"
+    ):
+        OptimizerConfig(end_weight_decay=0.5)
