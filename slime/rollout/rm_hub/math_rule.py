@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-import select
+import selectors
 import subprocess
 import sys
 import threading
@@ -123,8 +123,9 @@ class MathWorker:
 
     def _read_line(self, timeout_s: float) -> dict[str, Any]:
         assert self._process.stdout is not None
-        is_ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
-        line = self._process.stdout.readline() if is_ready else b""
+        with selectors.DefaultSelector() as selector:  # select.select takes no file above number 1,023
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            line = self._process.stdout.readline() if selector.select(timeout_s) else b""
         if not line:
             raise TimeoutError("no answer from the math-verify process")
         message: dict[str, Any] = json.loads(line)

@@ -1,4 +1,7 @@
 import asyncio
+import contextlib
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -18,6 +21,18 @@ class MathArgs:
 
 def score(response, label, args=MathArgs()):
     return asyncio.run(math_reward(args, Sample(response=response, label=label)))
+
+
+def test_answers_are_compared_where_a_thousand_files_are_open():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    with contextlib.ExitStack() as files:
+        for _ in range(1100):
+            files.enter_context(open(os.devnull))
+        worker = MathWorker()
+        files.callback(worker.close)
+        assert worker.compare(r"\boxed{2}", r"\boxed{2}", 5.0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize(
