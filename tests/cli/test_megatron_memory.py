@@ -70,9 +70,9 @@ def test_states_are_those_that_are_held(
     architecture: str, settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = make_tiny_model(tmp_path / "model", architecture, tie_word_embeddings=architecture == "qwen2")
-    args = settings_for(model, **settings)
+    args = settings_for(model, bf16=dtype == torch.bfloat16, **settings)
     reduces = {"accumulate_allreduce_grads_in_fp32": args.accumulate_allreduce_grads_in_fp32}
-    backend = make_megatron(args, dtype=dtype, **reduces)
+    backend = make_megatron(args, **reduces)
     backend.load()
     two_rollouts(backend, args, tmp_path)
     assert held_bytes(backend) == estimated(args, dtype=dtype)
@@ -182,8 +182,8 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
 def two_ranks_body(model: Path, work: Path) -> None:
     with megatron_on_cpu():
         for name, parallel in TWO_RANKS.items():
-            args = settings_for(model)
-            backend = make_megatron(args, dtype=torch.bfloat16, **parallel)
+            args = settings_for(model, bf16=True)
+            backend = make_megatron(args, **parallel)
             backend.load()
             two_rollouts(backend, args, work)
             torch.save(held_bytes(backend), work / f"{name}_{dist.get_rank()}.pt")

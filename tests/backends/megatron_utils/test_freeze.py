@@ -123,7 +123,7 @@ TWO_RANKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "last_stage": (UPPER_STAGE, PIPELINE | FULL),
     "tied": ({"freeze_params_name_list": ["embed_tokens"]}, PIPELINE | {"use_distributed_optimizer": True}),
     "matrices": (LOWER_HALF, TENSOR | FULL),
-    "half": (LOWER_STAGE, PIPELINE | {"dtype": torch.bfloat16}),
+    "half": (LOWER_STAGE | {"bf16": True}, PIPELINE),
 }
 
 
@@ -153,10 +153,10 @@ def test_ranks_may_hold_frozen_parameters_alone(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=4)
     tied = make_tiny_model(tmp_path / "tied", num_hidden_layers=4, tie_word_embeddings=True)
     run_ranks(two_ranks_body, 2, model, tied, tmp_path, store=tmp_path / "store")
-    for layout, (settings, parallel) in TWO_RANKS.items():
+    for layout, (settings, _) in TWO_RANKS.items():
         first, uninterrupted, continued = (Run(*run) for run in torch.load(tmp_path / f"{layout}.pt"))
         assert_equal_runs(continued, uninterrupted)
-        if "dtype" not in parallel:
+        if "bf16" not in settings:
             args = settings_for(tied if layout == "tied" else model, **STEADY | settings)
             theirs = make_backend(args)
             theirs.load()
