@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from transformers import AutoConfig, AutoTokenizer
 
-from slime.backends.fsdp_utils.checkpoint import find_checkpoint, is_complete, read_meta
-from slime.backends.shared.checkpoint import CheckpointError, iteration_folder
-from slime.config.run import RunConfig, critic_settings
+from slime.backends.fsdp_utils.checkpoint import find_checkpoint
+from slime.backends.shared.checkpoint import CheckpointError
+from slime.backends.shared.critic import critic_beside
+from slime.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -75,25 +75,8 @@ def _model_of(flag: str, place: str | None, step: int | None, *, otherwise: str)
 
 
 def critic_run(run: RunT) -> RunT:
-    """The settings of the critic that goes with the actor of `run`.
-
-    Where the actor goes on from a checkpoint, so does the critic, from that of the same rollout. Raises CheckpointError
-    where --resume finds none.
-    """
-    critic = critic_settings(run)
-    actor = find_checkpoint(run.load, run.ckpt_step)
-    if actor is None or run.finetune:
-        return critic
-    step = read_meta(actor).rollout_id
-    if critic.load is not None and is_complete(iteration_folder(critic.load, step)):
-        return replace(critic, ckpt_step=step)
-    if run.resume:
-        raise CheckpointError(
-            f"the actor continues from {actor}, but {critic.load} holds no critic of that rollout. Use --ckpt-step for "
-            "one that both have, or start with --load and --critic-load instead of --resume."
-        )
-    logger.warning("the actor continues from %s, the critic does not: --critic-load has none of that rollout", actor)
-    return critic
+    """The settings of the critic that goes with the actor of `run`: `critic_beside`."""
+    return critic_beside(run, find_checkpoint(run.load, run.ckpt_step))
 
 
 def is_hf_directory(path: str) -> bool:

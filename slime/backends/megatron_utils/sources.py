@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from slime.backends.megatron_utils.folders import find_checkpoint, read_meta
-from slime.backends.shared.checkpoint import CheckpointError, iteration_folder
-from slime.config.run import RunConfig, critic_settings
+from slime.backends.shared.checkpoint import CheckpointError
+from slime.backends.shared.critic import critic_beside
+from slime.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -45,26 +45,8 @@ def critic_source(run: RunConfig) -> Source:
 
 
 def critic_run(run: RunT) -> RunT:
-    """The settings of the critic that goes with the actor of `run`.
-
-    Where the actor goes on from a checkpoint, so does the critic, from that of the same rollout. Raises CheckpointError
-    where --resume finds none.
-    """
-    critic = critic_settings(run)
-    actor = find_checkpoint(run.load, run.ckpt_step)
-    meta = None if actor is None or run.finetune else read_meta(actor)
-    if meta is None:
-        return critic
-    step = meta.rollout_id
-    if critic.load is not None and read_meta(iteration_folder(critic.load, step)) is not None:
-        return replace(critic, ckpt_step=step)
-    if run.resume:
-        raise CheckpointError(
-            f"the actor continues from {actor}, but {critic.load} holds no critic of that rollout. Use --ckpt-step for "
-            "one that both have, or start with --load and --critic-load instead of --resume."
-        )
-    logger.warning("the actor continues from %s, the critic does not: --critic-load has none of that rollout", actor)
-    return critic
+    """The settings of the critic that goes with the actor of `run`: `critic_beside`."""
+    return critic_beside(run, find_checkpoint(run.load, run.ckpt_step))
 
 
 def reference_source(run: RunConfig) -> Source:
