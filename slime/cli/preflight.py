@@ -6,6 +6,7 @@ Each check raises ValueError with one sentence. None imports torch but that of a
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +46,12 @@ PLUGINS = (
     "rollout_data_postprocess_path",
     "custom_pg_loss_reducer_function_path",
     "custom_tis_function_path",
+)
+MEGATRON_PLUGINS = (
+    "custom_megatron_init_path",
+    "custom_megatron_before_log_prob_hook_path",
+    "custom_megatron_before_train_step_hook_path",
+    "custom_model_provider_path",
 )
 ROUTER_DEADLINE_S = 5.0
 
@@ -88,6 +95,8 @@ def _check_plugins(args: Args) -> None:
 
     for name in PLUGINS:
         _check_plugin(name, getattr(args, name), args)
+    for name in MEGATRON_PLUGINS:
+        _check_module(name, getattr(args, name))
     for path in args.rollout_sample_hook_path or []:
         _check_plugin("rollout_sample_hook_path", path, args)
     try:
@@ -106,6 +115,19 @@ def _check_plugin(name: str, path: str | None, args: Args) -> None:
     is_rubric = name == "custom_rm_path" and args.custom_rm_style == "verifiers"
     if not callable(plugin) and not is_rubric:
         raise ConfigError(f"{flag_of(name)}: {path} must be a function or a class, got {plugin!r:.40}.")
+
+
+def _check_module(name: str, path: str | None) -> None:
+    """What trainers alone import: their modules may ask for Megatron and for GPUs, which a driver may not have."""
+    if path is None:
+        return
+    module, _, function = path.rpartition(".")
+    try:
+        is_there = bool(module and function) and importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):
+        is_there = False
+    if not is_there:
+        raise ConfigError(f"{flag_of(name)}: {path} must be MODULE.FUNCTION, its module on PYTHONPATH.")
 
 
 # --- data

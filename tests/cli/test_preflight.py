@@ -14,6 +14,7 @@ from helpers.tiny_models import make_tiny_model
 from slime.arguments import Args, parse_args
 from slime.cli.dry_run import plan, training_load
 from slime.cli.preflight import preflight
+from slime.config import ConfigError
 
 MakeArgs = Callable[..., Args]
 ROW = {"input": "1+1=?", "label": "2"}
@@ -150,6 +151,21 @@ def test_experts_of_a_dense_model_are_refused(make_args: MakeArgs, flag: str, tm
 def test_an_estimator_that_does_not_import_is_refused(make_args: MakeArgs) -> None:
     with pytest.raises(ValueError, match="--advantage-estimator: plug-in 'my_algo.ESTIMATOR': cannot import 'my_algo'"):
         preflight(make_args([ROW], "--rm-type", "random", "--advantage-estimator", "my_algo.ESTIMATOR"))
+
+
+@pytest.mark.parametrize("path", ["nope.f", "json.nope.f", "nope", ".f"])
+@pytest.mark.parametrize("flag", ["--custom-model-provider-path", "--custom-megatron-before-train-step-hook-path"])
+def test_a_hook_of_megatron_whose_module_is_not_there_is_refused(make_args: MakeArgs, flag: str, path: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag}: {path} must be MODULE.FUNCTION, its module on PYTHONPATH"):
+        preflight(make_args([ROW], "--rm-type", "random", flag, path))
+
+
+def test_a_hook_of_megatron_is_found_and_not_imported(
+    make_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_trainers.py").write_text("raise RuntimeError('no GPU')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    preflight(make_args([ROW], "--rm-type", "random", "--custom-model-provider-path", "of_trainers.provider"))
 
 
 def test_the_plan_says_what_ranks_that_share_tokens_hold(make_args: MakeArgs) -> None:
