@@ -16,7 +16,7 @@ from scripts.random_checkpoint import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ("--rollout-engine", "embedded", "--rollout-num-gpus-per-engine", "1", "--device", "cpu")
-WITH_MEGATRON = ("--custom-megatron-init-path", "what.trains.without.a.gpu")
+WITH_MEGATRON = ("--custom-megatron-init-path", "builtins.id")
 
 
 def make_tiny_qwen(path: Path) -> Path:
