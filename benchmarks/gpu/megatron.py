@@ -228,13 +228,13 @@ def head_of(backend: Any, batch: Any, hidden: torch.Tensor) -> tuple[Callable[[]
     from slime.backends.megatron_utils.packing import inputs_of
 
     if not isinstance(backend, FSDPBackend):
-        inputs, held = inputs_of(batch, backend.split, backend.device), backend.chunk.weights()
+        inputs, held = inputs_of(batch, backend.passes.split, backend.device), backend.chunk.weights()
         weight = held.get("output_layer.weight", held["embedding.word_embeddings.weight"])
 
         def of_megatron() -> torch.Tensor:
-            backend.head.wanted = (inputs, Wants())
-            log_probs: torch.Tensor = backend.head.forward(hidden[:, None], weight)[0]
-            backend.head.take()
+            backend.passes.head.wanted = (inputs, Wants())
+            log_probs: torch.Tensor = backend.passes.head.forward(hidden[:, None], weight)[0]
+            backend.passes.head.take()
             return log_probs
 
         return of_megatron, weight

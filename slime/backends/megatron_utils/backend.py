@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.utils import unwrap_model
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -26,11 +23,9 @@ from slime.backends.megatron_utils.folders import Meta, read_meta
 from slime.backends.megatron_utils.freeze import freeze
 from slime.backends.megatron_utils.gather import gathered_tensors
 from slime.backends.megatron_utils.head import TokenHead, ValueHead
+from slime.backends.megatron_utils.host_models import HostModels
 from slime.backends.megatron_utils.model import (
-    Weights,
     build_chunk,
-    copy_into,
-    host_copy,
     in_half_precision,
     read_weights,
 )
@@ -45,23 +40,19 @@ from slime.backends.megatron_utils.optimizer import (
     step_if_finite,
     without_reduction,
 )
-from slime.backends.megatron_utils.packing import Inputs, Split, inputs_of
+from slime.backends.megatron_utils.packing import Split
 from slime.backends.megatron_utils.parallel import (
-    SumOverContext,
-    from_last_stage,
     is_last_stage,
     open_groups,
-    over_context,
-    tensor_from_last_stage,
 )
-from slime.backends.megatron_utils.rotary import rotation_of
-from slime.backends.megatron_utils.routers import attach_routing_replay, following
+from slime.backends.megatron_utils.passes import Passes, add_up_gradients
+from slime.backends.megatron_utils.routers import attach_routing_replay
 from slime.backends.megatron_utils.sources import Source
 from slime.backends.megatron_utils.stages import num_virtual_stages
 from slime.backends.shared.export import exported_dtype
 from slime.backends.shared.lr_schedule import continued, learning_rate, schedule_of, weight_decay
 from slime.backends.shared.offload import HostCopy, on_host
-from slime.backends.shared.routing_replay import MISMATCH, RoutingReplay, mismatch
+from slime.backends.shared.routing_replay import MISMATCH, mismatch
 from slime.backends.shared.saver import Saver
 from slime.backends.shared.target_log_probs import LogitRule
 from slime.config.run import RunConfig
@@ -82,10 +73,7 @@ _STORE_PREFIX: dict[ModelTag, str] = {
 
 
 class MegatronBackend:
-    """One rank. `torch.distributed` is initialised by whoever starts the process.
-
-    Reference, old actor and teacher are weights in host memory that take the actor's place while they are asked.
-    """
+    """One rank. `torch.distributed` is initialised by whoever starts the process."""
 
     def __init__(
         self,
@@ -125,8 +113,6 @@ class MegatronBackend:
             transformer_engine=transformer_engine,
         )
         self.is_compiled = torch_compile and self._can_compile()
-        self.host_weights: dict[ModelTag, Weights] = {}
-        self.moved: set[ModelTag] = set()  # of those, what moved since it was loaded: a checkpoint holds it too
         self.host_copy = HostCopy()
         self.export_dtype = self._export_dtype()
         self.saver = Saver(run, is_writer=self.layout.is_reporter)
@@ -156,18 +142,28 @@ class MegatronBackend:
             device=self.device,
             provider_path=self.cfg.custom_model_provider_path,
         )
-        stages = self.chunk.lms if self.run.use_routing_replay and self.role == "actor" else []
-        self.replays = [attach_routing_replay(lm, self.config) for lm in stages]
-        self.head = self._head() if is_last_stage() else None
+        self.others = HostModels(self.chunk)
         is_critic = self.role == "critic"
+        replayed = self.chunk.lms if self.run.use_routing_replay and not is_critic else []
+        self.replays = [attach_routing_replay(lm, self.config) for lm in replayed]
+        head = self._head() if is_last_stage() else None
         source = sources.critic_source(self.run) if is_critic else sources.actor_source(self.run)
         self._read(source)
         if not is_critic:
             freeze(self.chunk, self.shape, self.run)
         self.chunk.wrapped = [self._wrapped(lm, is_first=index == 0) for index, lm in enumerate(self.chunk.lms)]
+        self.passes = Passes(
+            self.chunk.wrapped,
+            self.split,
+            self.device,
+            head=head,
+            is_critic=is_critic,
+            replays=self.replays,
+            lengths_on_device=self.transformer_engine,
+        )
         optimizer_config = transformer.optimizer_config(self.run, self.cfg, dtype=self.dtype)
         self.optimizer = make_optimizer(optimizer_config, self.chunk.wrapped)
-        self.config.finalize_model_grads_func = _finalize
+        self.config.finalize_model_grads_func = add_up_gradients
         if self.cfg.overlap_grad_reduce:
             self.config.no_sync_func = partial(without_reduction, self.chunk.wrapped)
         if scalers_of(self.optimizer):
@@ -212,13 +208,8 @@ class MegatronBackend:
         for tag in moved:
             if continued is not None and (continued / tag).is_dir():
                 wanted[tag] = Source(continued / tag, is_checkpoint=True)
-                self.moved.add(tag)
-        own = host_copy(self.chunk) if wanted else {}
-        for tag, source in wanted.items():
-            self._read(source)
-            self.host_weights[tag] = host_copy(self.chunk)
-        if wanted:
-            copy_into(self.chunk, own)
+                self.others.moved.add(tag)
+        self.others.load(wanted, self._read)
 
     def _head(self) -> TokenHead | ValueHead:
         if self.role == "critic":
@@ -239,8 +230,8 @@ class MegatronBackend:
         meta = Meta(rollout_id, self.num_steps, schedule_of(run, self._total_steps()), self.role)
         part_of = partial(checkpoint.part_of, self.chunk, kind=self.cfg.ckpt_format, iteration=rollout_id)
         parts = {"": part_of(None if run.no_save_optim else self.optimizer)}
-        for tag in sorted(self.moved):
-            with self._weights_of(tag):
+        for tag in sorted(self.others.moved):
+            with self.others.in_place(tag):
                 parts[tag] = on_host(part_of())
         content = checkpoint.Content(meta, parts, checkpoint.random_numbers())
         write = partial(checkpoint.save, run.save)
@@ -272,37 +263,9 @@ class MegatronBackend:
     # --- forward and backward
 
     def log_probs(self, batches: list[PackedBatch], model: ModelTag, *, entropy: bool) -> list[TokenOutputs]:
-        wants = Wants(entropy=entropy)
-        for stage in self.chunk.wrapped:
-            stage.eval()
-        with self._weights_of(model), torch.no_grad():
+        with self.others.in_place(model):
             self._call_hook(self.cfg.custom_megatron_before_log_prob_hook_path, _STORE_PREFIX[model])
-            replays = self.replays if model in POLICY else []
-            found = self._run(batches, wants, _outputs_of, forward_only=True, replays=replays)
-        for stage in self.chunk.wrapped:
-            stage.train()
-        return self._complete(batches, found, entropy=entropy)
-
-    def _complete(
-        self, batches: list[PackedBatch], found: list[tuple[Inputs, TokenOutputs]], *, entropy: bool
-    ) -> list[TokenOutputs]:
-        """What the last stage and the context-parallel ranks found, put together on every rank."""
-        lengths = [len(batch.target_index) for batch in batches]
-        all_T = torch.zeros(1 + entropy, sum(lengths), device=self.device)
-        for part_T, (inputs, outputs) in zip(all_T.split(lengths, dim=1), found, strict=False):
-            part_T[0, inputs.kept] = outputs.log_probs if outputs.values is None else outputs.values
-            if outputs.entropy is not None:
-                part_T[1, inputs.kept] = outputs.entropy
-        tensor_from_last_stage(over_context(all_T))
-        if self.role == "critic":
-            return [
-                TokenOutputs(torch.zeros_like(part_T[0]), values=part_T[0].clone())
-                for part_T in all_T.split(lengths, 1)
-            ]
-        return [
-            TokenOutputs(part_T[0].clone(), entropy=part_T[1].clone() if entropy else None)
-            for part_T in all_T.split(lengths, dim=1)
-        ]
+            return self.passes.outputs(batches, entropy=entropy, replayed=model in POLICY)
 
     def train_step(self, batches: list[PackedBatch], loss: LossFn, *, wants: Wants) -> StepMetrics:
         self.saver.check()
@@ -316,8 +279,7 @@ class MegatronBackend:
         decay = weight_decay(self.num_steps, self.run, self._total_steps())
         set_rates(self.optimizer, lr=lr, weight_decay=decay)
         self._call_hook(self.cfg.custom_megatron_before_train_step_hook_path, *position, optimizer=True)
-        found = self._run(batches, wants, partial(_loss_of, loss=loss), forward_only=False, replays=self.replays)
-        metrics = self._sum_metrics(found)
+        metrics = self.passes.gradients(batches, loss, wants=wants)
         if self.replays:
             metrics[MISMATCH] = mismatch(self.replays, self.device)
         step = step_if_finite(
@@ -326,61 +288,6 @@ class MegatronBackend:
         self.optimizer.zero_grad()
         self.num_steps += 1
         return StepMetrics(metrics, step.grad_norm, lr, step.skipped, step.loss_scale, step.overflowed)
-
-    def _run(
-        self,
-        batches: list[PackedBatch],
-        wants: Wants,
-        finish: Callable[..., Any],
-        *,
-        forward_only: bool,
-        replays: Sequence[RoutingReplay | None],
-    ) -> list[Any]:
-        """Megatron's schedule over the micro-batches. Returns what `finish` left of each, on the last stage alone."""
-        inputs = [inputs_of(batch, self.split, self.device, on_device=self.transformer_engine) for batch in batches]
-        of_stage = dict(zip(self.chunk.wrapped, replays or [None] * len(self.chunk.wrapped), strict=True))
-        follow = partial(following, of_stage, device=self.device, is_trained=not forward_only)
-        result: list[Any] = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, wants=wants, finish=finish, follow=follow),
-            data_iterator=[iter(inputs) for _ in self.chunk.wrapped],
-            model=self.chunk.wrapped,
-            num_microbatches=len(batches),
-            seq_length=1,  # stages tell each other how long theirs are
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
-        return result if is_last_stage() else []
-
-    def _forward(
-        self,
-        iterator: Iterator[Inputs],
-        model: nn.Module,
-        *,
-        wants: Wants,
-        finish: Callable[..., Any],
-        follow: Callable[[nn.Module, Inputs], contextlib.AbstractContextManager[None]],
-    ) -> tuple[Tensor, Callable[..., Any]]:
-        """One micro-batch through this stage, as a schedule calls it."""
-        inputs = next(iterator)
-        inputs.packing.rotation = rotation_of(unwrap_model(model), inputs.position_ids[0], inputs.packing.max_seqlen_q)
-        head = self.head if model is self.chunk.wrapped[-1] else None
-        if head is not None:
-            head.wanted = (inputs, wants)
-        with follow(model, inputs):
-            output = model(inputs.input_ids, inputs.position_ids, None, packed_seq_params=inputs.packing)
-        return output, lambda output, **options: finish(inputs, head.take() if head is not None else None)
-
-    def _sum_metrics(self, found: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Shares of micro-batches, context-parallel and data-parallel ranks, added up; the same on every rank."""
-        metrics: dict[str, float] = {}
-        if is_last_stage():
-            names = list(found[0])
-            shares = torch.stack([torch.stack([share[name] for name in names]) for share in found]).sum(0)
-            dist.all_reduce(shares, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-            metrics = dict(zip(names, shares.tolist(), strict=True))
-        summed: dict[str, float] = from_last_stage(metrics)
-        return summed
 
     def sum_over_data_ranks(self, values: Tensor) -> Tensor:
         values = values.to(self.device, copy=True)
@@ -411,37 +318,4 @@ class MegatronBackend:
 
     def copy_weights(self, source: ModelTag, target: ModelTag) -> None:
         with self.host_copy.lend(self.chunk.weights().values()):
-            self.host_weights[target] = host_copy(self.chunk) if source == "actor" else dict(self.host_weights[source])
-        self.moved.add(target)
-
-    @contextlib.contextmanager
-    def _weights_of(self, tag: ModelTag) -> Iterator[None]:
-        """The model with the weights of `tag`, then with its own again."""
-        if tag == self.role:
-            yield
-            return
-        own = host_copy(self.chunk)
-        copy_into(self.chunk, self.host_weights[tag])
-        yield
-        copy_into(self.chunk, own)
-
-
-def _outputs_of(inputs: Inputs, outputs: TokenOutputs) -> tuple[Inputs, TokenOutputs]:
-    return inputs, outputs
-
-
-def _loss_of(inputs: Inputs, outputs: TokenOutputs, *, loss: LossFn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """As Megatron wants it: the loss, a number of tokens that nothing is divided by, and metrics."""
-    result = loss(outputs, inputs.batch, partial(_sequence_sum, batch=inputs.batch))
-    return result.loss, torch.tensor(1, dtype=torch.int), result.metrics | {"loss": result.loss.detach()}
-
-
-def _sequence_sum(values_T: Tensor, batch: PackedBatch) -> Tensor:
-    own = values_T.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, values_T)
-    summed: Tensor = SumOverContext.apply(own)
-    return summed
-
-
-def _finalize(models: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Gradients added up among ranks. They are shares of a mean already: nothing is divided by `num_tokens`."""
-    finalize_model_grads(models, None, **options)
+            self.others.copy(source, target)
