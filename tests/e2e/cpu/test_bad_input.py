@@ -101,7 +101,7 @@ CASES = {
 
 def _refuses(start: Starter, flags: list[str], case: Case) -> None:
     run = start(*flags)
-    assert run.wait(60) == case.code, run.output()
+    assert run.wait() == case.code, run.output()
     (line,) = run.output().splitlines()
     assert line.startswith("error: ")
     for part in case.says:
@@ -139,7 +139,7 @@ def test_an_external_router_that_is_not_there_is_refused(start: Starter) -> None
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(start: Starter) -> None:
-    run = start("--dry-run", "--eval-interval", "1", "--eval-prompt-data", "held", f"{start.prompts}@[:4]").succeeds(60)
+    run = start("--dry-run", "--eval-interval", "1", "--eval-prompt-data", "held", f"{start.prompts}@[:4]").succeeds()
     for part in ("2 prompts x 4 samples = 8 samples", "40 in", "4 prompts", "115,072", "each trainer", "each engine"):
         assert part in run.output()
     assert not run.run_dir.exists()
