@@ -61,6 +61,41 @@ def with_positions_alone(pre_process: bool, post_process: bool) -> Any:
     )
 
 
+def from_global_args(pre_process: bool, post_process: bool, **options: Any) -> Any:
+    """As providers of Megatron-LM make a GPTModel: out of what `get_args()` says; its layers alone are slime's."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = note_global_args()
+    assert args is get_args()
+    return GPTModel(
+        config=core_transformer_config_from_args(args),
+        transformer_layer_spec=options["transformer_layer_spec"],
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        vp_stage=options.get("vp_stage"),
+    )
+
+
+SEEN: list[Any] = []
+
+
+def note_global_args(*call: Any) -> Any:
+    """A hook, whatever it is called with, that notes what `get_args()` returns."""
+    from megatron.training import get_args
+
+    SEEN.append(get_args())
+    return SEEN[-1]
+
+
 def not_a_model(pre_process: bool, post_process: bool, vp_stage: int | None = None) -> Any:
     """A part of one."""
     import torch

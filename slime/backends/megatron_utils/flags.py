@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 # Of Megatron's own attention and kernels; slime's have one way.
 KERNELS = frozenset({"--attention-softmax-in-fp32", "--attention-backend", "--no-rope-fusion"})
 # slime counts positions by the sequences that come, and pads the vocabulary as the ranks want it.
-IGNORED = frozenset({"--seq-length", "--max-position-embeddings", "--make-vocab-size-divisible-by"})
+LENGTHS = ("seq_length", "max_position_embeddings")
+IGNORED = frozenset(map(flag_of, LENGTHS)) | {"--make-vocab-size-divisible-by"}
 
 
 class Further(NamedTuple):
@@ -32,8 +33,8 @@ class Further(NamedTuple):
 def further_settings(words: list[str], megatron: Megatron, hf_checkpoint: str, known: Iterable[str] = ()) -> Further:
     """What `words`, which no group of slime declares, set.
 
-    Model arguments are compared with config.json and set nothing. known: flags that may have been meant. Raises
-    ConfigError for a flag that nobody knows, or one that contradicts config.json.
+    Model arguments are compared with config.json and set nothing; lengths are for plug-ins to read. known: flags that
+    may have been meant. Raises ConfigError for a flag that nobody knows, or one that contradicts config.json.
     """
     try:
         given = given_flags(words)
@@ -41,12 +42,20 @@ def further_settings(words: list[str], megatron: Megatron, hf_checkpoint: str, k
             check_given(read_shape(hf_checkpoint), given)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    lengths = {name: _length(name, given[flag_of(name)]) for name in LENGTHS if flag_of(name) in given}
     further = _without(words, MODEL_FLAGS | IGNORED | (frozenset() if megatron.has_training else KERNELS))
     if not further:
-        return Further({}, {})
+        return Further({}, lengths)
     if not megatron.has_training:
         raise unknown_flag_error(f"{further[0].partition('=')[0]} ({megatron})", MODEL_FLAGS)
-    return _sorted(_parsed(further, megatron, known))
+    fields, others = _sorted(_parsed(further, megatron, known))
+    return Further(fields, lengths | others)
+
+
+def _length(name: str, value: str | bool) -> int:
+    if not str(value).isdecimal():
+        raise ConfigError(f"{flag_of(name)} must be a number of tokens, got {value!r}.")
+    return int(value)
 
 
 def _without(words: list[str], flags: frozenset[str]) -> list[str]:

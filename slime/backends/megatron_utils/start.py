@@ -32,23 +32,29 @@ def open_backend(
 ) -> MegatronBackend:
     """This rank's backend, not yet loaded. run: the actor's. torch_compile: as --torch-compile; by default not."""
     megatron = find_megatron()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # kernels of tensor-parallel ranks start in order
+    has_engine = uses_transformer_engine(cfg, megatron)
+    own_run = critic_run(run) if role == "critic" else run
+    if megatron.has_training:
+        from slime.backends.megatron_utils.global_args import set_global_args
+
+        set_global_args(own_run, cfg, device, transformer_engine=has_engine, is_critic=role == "critic")
     if cfg.custom_megatron_init_path is not None:
         load_function(cfg.custom_megatron_init_path)(run)
     elif device.type != "cuda":
         raise ConfigError("--train-backend megatron trains on GPUs, and there is none: use --train-backend fsdp.")
     logger.info("%s", megatron)
     logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # kernels of tensor-parallel ranks start in order
     from slime.backends.megatron_utils.backend import MegatronBackend
     from slime.backends.megatron_utils.transformer import warn_of_settings_without_effect
 
     warn_of_settings_without_effect(cfg)
     return MegatronBackend(
-        critic_run(run) if role == "critic" else run,
+        own_run,
         cfg,
         device,
         dtype=compute_dtype(run, device),
-        transformer_engine=uses_transformer_engine(cfg, megatron),
+        transformer_engine=has_engine,
         torch_compile=bool(torch_compile),
         role=role,
     )

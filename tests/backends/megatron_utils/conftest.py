@@ -15,6 +15,7 @@ from slime.utils.processes import raise_open_file_limit
 
 @pytest.fixture(scope="module", autouse=True)
 def megatron() -> Iterator[None]:
+    find_megatron()  # in MEGATRON_PATH, if that is set, from here on
     raise_open_file_limit()  # each backend of a test opens process groups, and each of those sockets
     with megatron_on_cpu():
         yield

@@ -29,7 +29,10 @@ RIGHT += ["--normalization", "RMSNorm", "--norm-epsilon", "1e-6", "--use-rotary-
 def test_model_arguments_are_compared_with_the_model_and_set_nothing(model: Path) -> None:
     words = [*RIGHT, "--seq-length", "4096", "--max-position-embeddings", "4096"]
     words = words if find_megatron().has_training else [*words, "--attention-backend", "flash"]
-    assert further_settings(words, find_megatron(), str(model)) == ({}, {})
+    lengths = {"seq_length": 4096, "max_position_embeddings": 4096}  # for plug-ins to read
+    assert further_settings(words, find_megatron(), str(model)) == ({}, lengths)
+    with pytest.raises(ConfigError, match="--seq-length must be a number of tokens, got '4k'"):
+        further_settings([*words, "--seq-length", "4k"], find_megatron(), str(model))
     with pytest.raises(ConfigError, match="--rotary-base: the model arguments say 5, config.json says 10000"):
         further_settings([*words, "--rotary-base", "5"], find_megatron(), str(model))
 
