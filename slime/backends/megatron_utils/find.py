@@ -29,12 +29,17 @@ class Megatron(NamedTuple):
 
 
 def find_megatron() -> Megatron:
-    """The Megatron that this Python imports. $MEGATRON_PATH goes first. Raises ConfigError where there is none."""
+    """The Megatron that this Python imports; that of $MEGATRON_PATH, whatever others there are.
+
+    Raises ConfigError where there is none.
+    """
     path = os.environ.get(PATH_VARIABLE)
     if path is not None and path not in sys.path:
         if not (Path(path) / "megatron" / "core").is_dir():
             raise ConfigError(f"{PATH_VARIABLE}={path} holds no megatron/core: it must be a checkout of Megatron-LM.")
-        sys.path.insert(0, path)
+        # Before others, but behind the user's modules: a checkout has `tests` and `tools` too.
+        others = (number for number, folder in enumerate(sys.path) if (Path(folder) / "megatron").is_dir())
+        sys.path.insert(next(others, len(sys.path)), path)
     folder = _folder_of("megatron.core")
     if folder is None:
         raise ConfigError(

@@ -80,6 +80,18 @@ def test_what_is_found_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         find_megatron()
 
 
+def test_a_checkout_goes_before_other_megatrons_and_behind_the_users_modules(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    users, checkout, installed = (str(tmp_path / name) for name in ("users", "checkout", "installed"))
+    for folder in (checkout, installed):
+        (Path(folder) / "megatron" / "core").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [users, installed, *sys.path])
+    monkeypatch.setenv("MEGATRON_PATH", checkout)
+    find_megatron()
+    assert sys.path[:3] == [users, checkout, installed]
+
+
 # --- flags of the user's own
 
 
