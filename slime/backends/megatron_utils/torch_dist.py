@@ -94,11 +94,11 @@ def read_weights(folder: Path, lms: list[GPTModel]) -> None:
 
 
 def read_optimizer(folder: Path, lms: list[GPTModel], optimizer: Any) -> None:
-    """Read an optimizer's state."""
+    """Read an optimizer's state, whatever the ranks it was saved from."""
     wanted = optimizer_state.sharded(optimizer, _sharded(lms, by_layer=True), is_loading=True)
-    empty = optimizer_state.empty_parts(wanted)
-    loaded = _load(folder, {"optimizer": wanted})["optimizer"]
-    optimizer.load_state_dict(optimizer_state.complete(loaded, empty))
+    own = optimizer_state.outline(wanted)
+    loaded = _load(folder, {"optimizer": optimizer_state.tensors_in(wanted)}).get("optimizer", {})
+    optimizer.load_state_dict(optimizer_state.complete(own, loaded))
 
 
 def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
