@@ -117,8 +117,15 @@ def _parallel_layout(args: Args) -> str:
 
 def _transport(args: Args) -> str:
     """The transport of weights on the devices that the run is for."""
-    device = "cuda" if _has_gpus(args) else "cpu"
-    return transport_kind(resolve_engine(args, device), device)
+    return transport_kind(_with_engine(args), _device_of(args))
+
+
+def _with_engine(args: Args) -> Args:
+    return resolve_engine(args, _device_of(args))
+
+
+def _device_of(args: Args) -> str:
+    return "cuda" if _has_gpus(args) else "cpu"
 
 
 def _engines(args: Args) -> Iterator[tuple[str, str]]:
@@ -205,9 +212,11 @@ def _trainer_memory(args: Args, trainer: Estimate) -> Iterator[tuple[str, str]]:
 def _engine_memory(args: Args, size: ModelSize, model: MetaModel, trainer: Estimate) -> Iterator[tuple[str, str]]:
     smallest = min((group.num_gpus_per_engine for group in args.policy.groups if group.num_engines), default=1)
     weights = model.counts.num_parameters * model.weight_bytes // smallest
+    of_latents = size.latent is not None and _with_engine(args).rollout_engine == "sglang"
+    cache = kv_bytes_per_token(size, model.weight_bytes, of_latents=of_latents)
     yield (
         "each engine slot",
-        f"weights {gib(weights)}, cache {kv_bytes_per_token(size, model.weight_bytes) / 1024:,.1f} KiB a token; "
+        f"weights {gib(weights)}, cache {cache / 1024:,.1f} KiB a token; "
         "SGLang takes --sglang-mem-fraction-static of its GPU",
     )
     for other in (other for other in args.file_models if not other.update_weights):

@@ -1,13 +1,14 @@
 """How much memory a rank of Megatron takes. Bytes throughout, of the pipeline stage that takes most.
 
 weights        the rank's share in the compute type: matrices and embeddings split among tensor-parallel ranks (experts
-               among expert-parallel and expert-tensor-parallel ones), norms, biases and routers whole; the vocabulary
-               padded to what the ranks need
+               among expert-parallel and expert-tensor-parallel ones), norms, biases, routers and down projections of
+               latent attention whole, corrections of routers in float32; the vocabulary padded to what ranks need
 gradients      of what is trained, in float32 (--no-accumulate-allreduce-grads-in-fp32: the compute type)
 optimizer      float32 moments (SGD: momentum), in half precision float32 weights too; --use-distributed-optimizer
                shares them among the data-parallel ranks, experts' among those that hold the same experts
 activations    a layer keeps as `memory_estimate` says of compiled ones (SwiGLU is fused), and the whole product of
-               queries, keys and values, of which the values are a part; heads and MLP are split among tensor-parallel
+               queries, keys and values, of which the values are a part (latent attention: cosines and sines); heads
+               and MLP are split among tensor-parallel
                ranks, residuals and norms too with --sequence-parallel. With full recomputation a unit
                of layers keeps its input, and has the rest while its backward runs. Pipeline stage p of P keeps those
                of P - p micro-batches. Not counted: buffers of communication, padding of gradient buffers, logits of
@@ -26,7 +27,7 @@ from slime.arguments import Args
 from slime.backends.megatron_utils.names import Mapped, ModelShape, all_parameters
 from slime.backends.megatron_utils.stages import layers_of_ranks
 from slime.backends.shared.trained_parameters import trained_names
-from slime.cli.memory_estimate import ModelSize, TrainingLoad, layer_activation_bytes
+from slime.cli.memory_estimate import Latent, ModelSize, TrainingLoad, layer_activation_bytes
 
 _FP32 = 4
 _ADAM = 2 * _FP32
@@ -52,6 +53,7 @@ class Stage:
     num_layers: int
     held: Count
     trained: Count
+    corrections: int  # of routers, held in float32
 
 
 def stages(shape: ModelShape, args: Args) -> list[Stage]:
@@ -65,8 +67,9 @@ def stages(shape: ModelShape, args: Args) -> list[Stage]:
     for number, num_layers in enumerate(layers_of_ranks(args, shape.num_layers)):
         layers = range(start, start := start + num_layers)
         own = [mapped for mapped in whole if _is_on(mapped, number, layers, args.pipeline_model_parallel_size)]
+        fixed = [mapped for mapped in own if mapped.name.endswith("expert_bias")]
         moving = [mapped for mapped in own if _source(mapped) in trained and not mapped.name.endswith("expert_bias")]
-        found.append(Stage(number, num_layers, _count(own, args), _count(moving, args)))
+        found.append(Stage(number, num_layers, _count(own, args), _count(moving, args), _count(fixed, args).dense))
     return found
 
 
@@ -107,7 +110,7 @@ def states(stage: Stage, args: Args, *, compute_bytes: int, num_ranks: int) -> d
         expert_ranks = num_ranks // (args.expert_model_parallel_size * _expert_tensor(args) * pipeline)
     of_value = (_ADAM if args.optimizer == "adam" else _FP32) + (_FP32 if compute_bytes < _FP32 else 0)
     return {
-        "weights": compute_bytes * stage.held.both,
+        "weights": compute_bytes * stage.held.both + (_FP32 - compute_bytes) * stage.corrections,
         "gradients": (_FP32 if args.accumulate_allreduce_grads_in_fp32 else compute_bytes) * stage.trained.both,
         "optimizer": of_value * stage.trained.dense // dense_ranks + of_value * stage.trained.expert // expert_ranks,
     }
@@ -116,16 +119,18 @@ def states(stage: Stage, args: Args, *, compute_bytes: int, num_ranks: int) -> d
 def activations(model: ModelSize, stage: Stage, args: Args, load: TrainingLoad) -> int:
     """What a rank keeps of its micro-batches when its first backward begins, and what that one takes."""
     c, tokens, tensor = load.compute_bytes, load.micro_batch_tokens, args.tensor_model_parallel_size
-    width = model.width // (tensor if args.sequence_parallel else 1)
+    sequence = tensor if args.sequence_parallel else 1
+    width = model.width // sequence
     share = replace(
         model,
         width=width,
+        latent=None if model.latent is None else _of_tokens(model.latent, sequence),
         num_heads=max(1, model.num_heads // tensor),
         num_kv_heads=max(1, model.num_kv_heads // tensor),
         mlp_width=model.mlp_width // tensor,
         expert_width=model.expert_width // _expert_tensor(args),
     )
-    layer = tokens * (layer_activation_bytes(share, compute_bytes=c, is_compiled=True) + c * _of_fused_product(share))
+    layer = tokens * (layer_activation_bytes(share, compute_bytes=c, is_compiled=True) + c * _values_of_megatron(share))
     count, unit = stage.num_layers, args.recompute_num_layers or 1
     kept, at_work = count * layer, 0
     if args.recompute_granularity == "full" and args.recompute_method == "block":
@@ -139,8 +144,17 @@ def activations(model: ModelSize, stage: Stage, args: Args, load: TrainingLoad) 
     return in_flight * kept + max(at_work, logits if is_last else 0) + (last_norm if is_last else 0)
 
 
-def _of_fused_product(share: ModelSize) -> int:
-    """Values of the product of queries, keys and values that stay because the values, a part of it, are needed."""
+def _of_tokens(latent: Latent, sequence: int) -> Latent:
+    """With what comes before heads for a part of the tokens alone."""
+    q_rank, kv_rank, rope, values = latent
+    return Latent(q_rank // sequence, kv_rank // sequence, rope // sequence, values)
+
+
+def _values_of_megatron(share: ModelSize) -> int:
+    """Of the product of queries, keys and values, what stays because the values, a part of it, are needed; with latent
+    attention cosines and sines for queries and for keys."""
+    if share.latent is not None:
+        return 4 * share.latent.rope
     queries, keys = share.num_heads * share.head_width, share.num_kv_heads * share.head_width
     return queries if share.has_query_norms else queries + keys
 

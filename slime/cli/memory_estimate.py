@@ -8,6 +8,9 @@ byte for byte (tests/cli/test_memory_estimate.py).
                                  (c E; compiled: computed again), and its result, which the next products need (c E)
     norms of queries and keys    the same but for the result: (4 + c)(Q + K), compiled c (Q + K), 4 a head
     attention                    queries, keys, values, result: c (2 Q + 2 K), log of the normaliser: 4 a head
+    latent attention             norms of the low ranks as those over the width; queries and keys; values and result,
+                                 with zeros up to the width of queries where values are narrower, the result without
+                                 them too; a float32 or compiled norm of keys and values keeps the rotary part beside
     gated MLP                    gate, its activation, up, their product: 4 c F, compiled 3 c F (the activation is
                                  computed again)
     mixture of experts           for each of the chosen experts what comes in and goes out, gate and up, activation and
@@ -29,7 +32,17 @@ from typing import Any, NamedTuple
 _FP32 = 4
 _STATE_BYTES = 3 * _FP32  # weight, two moments of Adam
 _INT64 = 8
+_KERNEL_UNIT = 8  # of widths of heads, see slime.backends.shared.varlen
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+class Latent(NamedTuple):
+    """Widths of latent attention. q_rank: 0 where queries have no low rank. rope: the part of a key that turns."""
+
+    q_rank: int
+    kv_rank: int
+    rope: int
+    values: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class ModelSize:
     """The numbers of a decoder that memory depends on.
 
     num_root: parameters outside of the layers. num_norms: of model width in a layer. num_chosen: experts of a token, 0
-    in a dense model; expert_width: F of one expert.
+    in a dense model; expert_width: F of one expert. head_width: of queries and keys.
     """
 
     num_parameters: int
@@ -54,14 +67,15 @@ class ModelSize:
     num_experts: int = 0
     num_chosen: int = 0
     expert_width: int = 0
+    latent: Latent | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any], counts: Counts) -> ModelSize:
         """From config.json. Raises KeyError for an architecture that names its numbers otherwise."""
         config = config.get("text_config", config)
-        if "kv_lora_rank" in config:
-            raise KeyError("num_key_value_heads of its own: its attention is latent")
         heads = config["num_attention_heads"]
+        latent = _latent(config) if config.get("kv_lora_rank") else None
+        head_width = config.get("head_dim") or config["hidden_size"] // heads
         num_experts = next((config[key] for key in _EXPERT_COUNTS if config.get(key)), 0)
         shared = config.get("n_shared_experts") or 0
         return cls(
@@ -71,7 +85,8 @@ class ModelSize:
             vocabulary=config["vocab_size"],
             num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_width=config.get("head_dim") or config["hidden_size"] // heads,
+            head_width=config["qk_nope_head_dim"] + latent.rope if latent else head_width,
+            latent=latent,
             mlp_width=config["intermediate_size"],
             num_experts=num_experts,
             num_chosen=config["num_experts_per_tok"] + shared if num_experts else 0,
@@ -82,6 +97,11 @@ class ModelSize:
     def layer_parameters(self) -> int:
         """Of one layer, the mean."""
         return (self.num_parameters - self.num_root) // self.num_layers
+
+
+def _latent(config: dict[str, Any]) -> Latent:
+    sizes = (config["kv_lora_rank"], config["qk_rope_head_dim"], config["v_head_dim"])
+    return Latent(config.get("q_lora_rank") or 0, *sizes)
 
 
 class Counts(NamedTuple):
@@ -122,10 +142,23 @@ def layer_activation_bytes(model: ModelSize, *, compute_bytes: int, is_compiled:
     c = compute_bytes
     queries, keys = model.num_heads * model.head_width, model.num_kv_heads * model.head_width
     norms = model.num_norms * (model.width * (2 * c if is_compiled else _FP32 + 2 * c) + _FP32)
+    if model.latent is not None:
+        attention = _latent_attention_bytes(model, model.latent, c, is_compiled=is_compiled)
+        return norms + attention + _mlp_bytes(model, c, is_compiled=is_compiled)
     if model.has_query_norms:
         norms += (queries + keys) * (c if is_compiled else _FP32 + c) + _FP32 * (model.num_heads + model.num_kv_heads)
     attention = c * 2 * (queries + keys) + _FP32 * model.num_heads
     return norms + attention + _mlp_bytes(model, c, is_compiled=is_compiled)
+
+
+def _latent_attention_bytes(model: ModelSize, latent: Latent, c: int, *, is_compiled: bool) -> int:
+    ranks = [latent.q_rank, latent.kv_rank] if latent.q_rank else [latent.kv_rank]
+    norms = sum(rank * (2 * c if is_compiled else _FP32 + 2 * c) + _FP32 for rank in ranks)
+    is_view_kept = is_compiled or c == _FP32  # what the norm of keys and values keeps has the rotary part beside it
+    width = _KERNEL_UNIT * -(-max(model.head_width, latent.values) // _KERNEL_UNIT)
+    values_and_result = 2 * width + (latent.values if width > latent.values else 0)
+    heads = c * model.num_heads * (2 * width + values_and_result) + _FP32 * model.num_heads
+    return norms + (c * latent.rope if is_view_kept else 0) + heads
 
 
 def _mlp_bytes(model: ModelSize, c: int, *, is_compiled: bool) -> int:
@@ -192,6 +225,11 @@ def asleep_bytes(model: ModelSize, load: TrainingLoad) -> int:
     return sum(_states(model, load).values())
 
 
-def kv_bytes_per_token(model: ModelSize, value_bytes: int) -> int:
-    """Keys and values of one token in all layers of an engine."""
+def kv_bytes_per_token(model: ModelSize, value_bytes: int, *, of_latents: bool = False) -> int:
+    """Keys and values of one token in all layers of an engine.
+
+    of_latents: with latent attention it keeps what they are made of, as SGLang does.
+    """
+    if model.latent is not None and of_latents:
+        return model.num_layers * (model.latent.kv_rank + model.latent.rope) * value_bytes
     return 2 * model.num_layers * model.num_kv_heads * model.head_width * value_bytes

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from helpers.megatron_cpu import megatron_on_cpu
 from helpers.megatron_training import make_megatron, two_rollouts
+from helpers.model_families import write_tiny_model
 from helpers.tiny_models import make_tiny_model
 from helpers.training import run_ranks, settings_for, world_of_one
 from transformers import AutoConfig
 
 from slime.backends.megatron_utils.names import read_shape
+from slime.backends.shared.varlen import of_one_width
 from slime.cli.dry_run import count, empty_model
 from slime.cli.megatron_memory import activations, estimate, stages, states
 from slime.cli.memory_estimate import ModelSize, TrainingLoad, layer_activation_bytes
@@ -78,6 +80,19 @@ def test_states_are_those_that_are_held(
     assert held_bytes(backend) == estimated(args, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("q_rank", [16, None])
+def test_states_of_latent_attention_are_those_that_are_held(
+    q_rank: int | None, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    write_tiny_model("deepseek_v3", tmp_path / "model", vocab_size=320, initializer_range=0.2, q_lora_rank=q_rank)
+    args = settings_for(tmp_path / "model", bf16=dtype == torch.bfloat16)
+    backend = make_megatron(args)
+    backend.load()
+    two_rollouts(backend, args, tmp_path)
+    assert held_bytes(backend) == estimated(args, dtype=dtype)
+
+
 class AttentionOfGPUs(torch.autograd.Function):
     """Keeps what the variable-length kernel keeps: queries, keys, values, result, log of the normaliser."""
 
@@ -109,9 +124,10 @@ class NormOfGPUs(torch.autograd.Function):
 def kernels_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     from slime.backends.megatron_utils import attention
 
-    monkeypatch.setattr(
-        attention, "_by_segment", lambda query, key, value, *_: AttentionOfGPUs.apply(query, key, value)
-    )
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
+        return AttentionOfGPUs.apply(*of_one_width(query, key, value))[..., : value.shape[-1]]
+
+    monkeypatch.setattr(attention, "_by_segment", kernel)
     monkeypatch.setattr(
         torch.nn.functional, "rms_norm", lambda hidden, shape, weight, eps: NormOfGPUs.apply(hidden, weight)
     )
@@ -168,6 +184,24 @@ def test_activations_are_those_that_are_kept(
     assert found == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize("q_rank", [96, None])
+@pytest.mark.parametrize("value_width", [16, 24])  # narrower than queries and keys, and as wide
+def test_activations_of_latent_attention_are_those_that_are_kept(
+    q_rank: int | None, value_width: int, tmp_path: Path, kernels_of_gpus: None
+) -> None:
+    latent = {"q_lora_rank": q_rank, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
+    shape = {"hidden_size": 128, "intermediate_size": 320, "first_k_dense_replace": 4, "v_head_dim": value_width}
+    write_tiny_model("deepseek_v3", tmp_path / "model", vocab_size=320, num_attention_heads=8, **latent, **shape)
+    args = settings_for(tmp_path / "model")
+    backend: Any = make_megatron(args, megatron_args={"bias_activation_fusion": True})
+    backend.load()
+    found = kept_bytes_of_a_token(backend, args, tmp_path)
+    stage = stages(read_shape(args.hf_checkpoint), args)[0]
+    size = dataclasses.replace(size_of(tmp_path / "model"), num_chosen=0)  # all layers are dense
+    expected = activations(size, stage, args, LOAD) / LOAD.micro_batch_tokens
+    assert found == pytest.approx(expected, rel=0.005)
+
+
 # --- several ranks
 
 PIPELINE = {"pipeline_model_parallel_size": 2}
@@ -190,8 +224,10 @@ def two_ranks_body(model: Path, work: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_hold_the_shares_that_are_estimated(tmp_path: Path) -> None:
-    model = make_tiny_model(tmp_path / "model", "qwen3_moe", num_hidden_layers=3, tie_word_embeddings=True)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_ranks_hold_the_shares_that_are_estimated(family: str, tmp_path: Path) -> None:
+    model, shape = tmp_path / "model", {"num_hidden_layers": 3, "tie_word_embeddings": family == "qwen3_moe"}
+    write_tiny_model(family, model, vocab_size=320, **shape)
     run_ranks(two_ranks_body, 2, model, tmp_path, store=tmp_path / "store")
     for name, parallel in TWO_RANKS.items():
         args = settings_for(model, actor_num_gpus_per_node=2, **parallel)

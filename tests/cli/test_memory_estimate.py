@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.model_families import write_tiny_model
 from helpers.tiny_models import make_tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from scripts.random_checkpoint import SHAPES
 from slime.backends.fsdp_utils import attention
 from slime.backends.fsdp_utils.model import compile_each, decoder_layers, load_causal_lm
+from slime.backends.shared.varlen import of_one_width
 from slime.cli.dry_run import count
 from slime.cli.memory_estimate import (
     Counts,
@@ -57,7 +59,8 @@ class KernelForGPUs(torch.autograd.Function):
 @pytest.fixture(autouse=True)
 def attention_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def bucketed(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
-        return KernelForGPUs.apply(query, key, value).transpose(1, 2)
+        result = KernelForGPUs.apply(*of_one_width(query, key, value))
+        return result[..., : value.shape[-1]].transpose(1, 2)
 
     monkeypatch.setattr(attention, "_bucketed", bucketed)
     yield
@@ -102,6 +105,20 @@ def test_a_layer_keeps_what_the_derivation_says(
     tmp_path: Path, architecture: str, overrides: dict[str, Any], dtype: torch.dtype
 ) -> None:
     lm, size = tiny(tmp_path, architecture, dtype, **overrides)
+    estimate = TOKENS * layer_activation_bytes(size, compute_bytes=dtype.itemsize, is_compiled=False)
+    assert saved_bytes(lm) == pytest.approx(estimate, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("q_rank", [96, None])
+def test_a_layer_of_latent_attention_keeps_what_the_derivation_says(
+    tmp_path: Path, q_rank: int | None, dtype: torch.dtype
+) -> None:
+    latent = {"q_lora_rank": q_rank, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
+    shape = SHAPE | latent | {"v_head_dim": 16, "num_key_value_heads": 8, "first_k_dense_replace": 3}
+    write_tiny_model("deepseek_v3", tmp_path / "model", vocab_size=320, **shape)
+    lm: Any = load_causal_lm(str(tmp_path / "model"), attn_implementation="packed").to(dtype).eval()
+    size = replace(ModelSize.from_config(lm.config.to_dict(), count(lm)), num_chosen=0)  # all layers are dense
     estimate = TOKENS * layer_activation_bytes(size, compute_bytes=dtype.itemsize, is_compiled=False)
     assert saved_bytes(lm) == pytest.approx(estimate, rel=1e-3)
 
@@ -216,7 +233,11 @@ def test_a_model_of_text_and_images_has_the_memory_of_its_text_part() -> None:
     assert ModelSize.from_config({"text_config": config}, counts) == ModelSize.from_config(config, counts)
 
 
-def test_latent_attention_is_said_to_be_unknown() -> None:
-    config = AutoConfig.for_model(**SHAPES["qwen3-0.6B"]).to_dict() | {"kv_lora_rank": 512}
-    with pytest.raises(KeyError, match="latent"):
-        ModelSize.from_config(config, Counts(1, 1, 1, has_query_norms=False))
+def test_a_cache_of_latent_attention_holds_what_the_engine_keeps() -> None:
+    latent = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    config = AutoConfig.for_model(**SHAPES["qwen3-0.6B"]).to_dict() | latent
+    size = ModelSize.from_config(config, Counts(1, 1, 1, has_query_norms=False))
+    assert kv_bytes_per_token(size, 2, of_latents=True) == size.num_layers * (512 + 64) * 2
+    assert kv_bytes_per_token(size, 2) == size.num_layers * 2 * size.num_kv_heads * (128 + 64) * 2
+    with pytest.raises(KeyError, match="v_head_dim"):
+        ModelSize.from_config({name: config[name] for name in config if name != "v_head_dim"}, Counts(1, 1, 1, True))
