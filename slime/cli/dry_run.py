@@ -205,6 +205,8 @@ def _trainer_memory(args: Args, trainer: Estimate) -> Iterator[tuple[str, str]]:
         yield "a GPU of this machine", f"{gib(total)}, {peak / total:.0%} of it at a trainer's peak"
     if trainer.frozen:
         yield "frozen models", f"{gib(trainer.frozen)} a trainer, page-locked, on the host"
+    if trainer.moments:
+        yield "moments of Adam", f"{gib(trainer.moments)} a trainer, page-locked, on the host"
     if args.offload_train:
         yield "each trainer asleep", f"{gib(trainer.asleep)}, page-locked, on the host"
 

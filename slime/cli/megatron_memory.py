@@ -5,7 +5,8 @@ weights        the rank's share in the compute type: matrices and embeddings spl
                latent attention whole, corrections of routers in float32; the vocabulary padded to what ranks need
 gradients      of what is trained, in float32 (--no-accumulate-allreduce-grads-in-fp32: the compute type)
 optimizer      float32 moments (SGD: momentum), in half precision float32 weights too; --use-distributed-optimizer
-               shares them among the data-parallel ranks, experts' among those that hold the same experts
+               shares them among the data-parallel ranks, experts' among those that hold the same experts;
+               --optimizer-cpu-offload has moments on the host, but for the waves of a step, which are not counted
 activations    a layer keeps as `memory_estimate` says of compiled ones (SwiGLU is fused), and the whole product of
                queries, keys and values, of which the values are a part (latent attention: cosines and sines); heads
                and MLP are split among tensor-parallel
@@ -103,17 +104,28 @@ def _expert_tensor(args: Args) -> int:
 
 def states(stage: Stage, args: Args, *, compute_bytes: int, num_ranks: int) -> dict[str, int]:
     """What a rank has between steps, by kind. num_ranks: of the model, the actor's or the critic's."""
-    dense_ranks = expert_ranks = 1
-    if args.use_distributed_optimizer:
-        pipeline = args.pipeline_model_parallel_size
-        dense_ranks = num_ranks // (args.tensor_model_parallel_size * pipeline)
-        expert_ranks = num_ranks // (args.expert_model_parallel_size * _expert_tensor(args) * pipeline)
-    of_value = (_ADAM if args.optimizer == "adam" else _FP32) + (_FP32 if compute_bytes < _FP32 else 0)
+    values = _optimizer_values(stage, args, num_ranks)
+    moments = _FP32 * values if args.optimizer == "sgd" else _ADAM * values - on_host(stage, args, num_ranks=num_ranks)
     return {
         "weights": compute_bytes * stage.held.both + (_FP32 - compute_bytes) * stage.corrections,
         "gradients": (_FP32 if args.accumulate_allreduce_grads_in_fp32 else compute_bytes) * stage.trained.both,
-        "optimizer": of_value * stage.trained.dense // dense_ranks + of_value * stage.trained.expert // expert_ranks,
+        "optimizer": moments + (_FP32 * values if compute_bytes < _FP32 else 0),
     }
+
+
+def on_host(stage: Stage, args: Args, *, num_ranks: int) -> int:
+    """Moments of a rank that --optimizer-cpu-offload keeps there."""
+    return round(_ADAM * _optimizer_values(stage, args, num_ranks) * args.host_share)
+
+
+def _optimizer_values(stage: Stage, args: Args, num_ranks: int) -> int:
+    """Those that a rank updates."""
+    if not args.use_distributed_optimizer:
+        return stage.trained.both
+    pipeline = args.pipeline_model_parallel_size
+    dense_ranks = num_ranks // (args.tensor_model_parallel_size * pipeline)
+    expert_ranks = num_ranks // (args.expert_model_parallel_size * _expert_tensor(args) * pipeline)
+    return stage.trained.dense // dense_ranks + stage.trained.expert // expert_ranks
 
 
 def activations(model: ModelSize, stage: Stage, args: Args, load: TrainingLoad) -> int:
@@ -160,11 +172,12 @@ def _values_of_megatron(share: ModelSize) -> int:
 
 
 class Estimate(NamedTuple):
-    """parts: bytes on the GPU by kind, at the peak. asleep: on the host while engines have the GPU. frozen: always."""
+    """parts: bytes on the GPU by kind, at the peak. The others are on the host: asleep while engines have the GPU."""
 
     parts: dict[str, int]
     asleep: int
     frozen: int
+    moments: int = 0
 
 
 def estimate(shape: ModelShape, model: ModelSize, args: Args, load: TrainingLoad) -> Estimate:
@@ -181,4 +194,7 @@ def _of_stage(stage: Stage, model: ModelSize, args: Args, load: TrainingLoad) ->
         critic = states(stage, args, compute_bytes=c, num_ranks=load.num_critic_ranks)
     parts = own | {"critic": sum(critic.values()), "activations": activations(model, stage, args, load)}
     asleep = own["weights"] + own["optimizer"] + critic.get("weights", 0) + critic.get("optimizer", 0)
-    return Estimate(parts, asleep, load.num_frozen * own["weights"])
+    moments = on_host(stage, args, num_ranks=load.num_ranks)
+    if load.num_critic_ranks:
+        moments += on_host(stage, args, num_ranks=load.num_critic_ranks)
+    return Estimate(parts, asleep, load.num_frozen * own["weights"], moments)

@@ -93,6 +93,24 @@ def test_states_of_latent_attention_are_those_that_are_held(
     assert held_bytes(backend) == estimated(args, dtype=dtype)
 
 
+def test_moments_on_the_host_are_counted_there(tmp_path: Path) -> None:
+    from slime.backends.megatron_utils.optimizer import parts_of
+
+    model = make_tiny_model(tmp_path / "model", "qwen3_moe")
+    plain, args = settings_for(model, bf16=True), settings_for(model, bf16=True, optimizer_cpu_offload=True)
+    backend: Any = make_megatron(args, optimizer_cpu_offload=True)
+    backend.load()
+    states = [state for part in parts_of(backend.optimizer) for state in part.optimizer.state.values()]
+    held = sum(moment.nbytes for state in states for moment in state.values())
+    load = dataclasses.replace(LOAD, compute_bytes=2)
+    ours, theirs = (estimate(read_shape(str(model)), size_of(model), one, load) for one in (args, plain))
+    assert (ours.moments, theirs.moments) == (held, 0)
+    assert ours.parts["optimizer"] == held_bytes(backend)["optimizer"] - held == theirs.parts["optimizer"] - held
+    assert ours.asleep == theirs.asleep - held
+    half = dataclasses.replace(args, optimizer_offload_fraction=0.5)
+    assert estimate(read_shape(str(model)), size_of(model), half, load).moments == held / 2
+
+
 class AttentionOfGPUs(torch.autograd.Function):
     """Keeps what the variable-length kernel keeps: queries, keys, values, result, log of the normaliser."""
 

@@ -41,6 +41,10 @@ class MegatronConfig(Group):
         None, "Ranks that share each expert's matrices (default: --tensor-model-parallel-size)."
     )
     use_distributed_optimizer: bool = arg(False, "Optimizer state is shared among the data-parallel ranks.")
+    optimizer_cpu_offload: bool = arg(
+        False, "Adam's moments stay in page-locked host memory and come to the GPU, part by part, when it steps."
+    )
+    optimizer_offload_fraction: float = arg(1.0, "The share of them that does, with --optimizer-cpu-offload.")
     overlap_grad_reduce: bool = arg(False, "Gradients are added up among ranks while the backward still runs.")
     accumulate_allreduce_grads_in_fp32: bool = arg(True, "Gradients are added up in float32.")
     recompute_granularity: Literal["full", "selective"] | None = arg(None, "What the backward computes again.")
@@ -84,6 +88,8 @@ class MegatronConfig(Group):
         check_not_negative(self, "moe_aux_loss_coeff")
         for name in ("attention_dropout", "hidden_dropout"):
             check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
+        share = self.optimizer_offload_fraction
+        check(0 < share <= 1, "optimizer_offload_fraction", "above 0 and at most 1", share)
         check(
             self.recompute_granularity != "full" or self.recompute_method is not None,
             "recompute_method",
@@ -91,6 +97,11 @@ class MegatronConfig(Group):
             self.recompute_method,
         )
         super().__post_init__()
+
+    @property
+    def host_share(self) -> float:
+        """Of Adam's moments, that which stays on the host."""
+        return self.optimizer_offload_fraction if self.optimizer_cpu_offload else 0.0
 
     @property
     def model_parallel_size(self) -> int:
@@ -112,11 +123,7 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig) -> None:
             cfg.ckpt_format == "torch" and tensor % (cfg.expert_tensor_parallel_size or tensor) != 0,
             "--ckpt-format torch: --expert-tensor-parallel-size must divide --tensor-model-parallel-size",
         ),
-        (
-            bool(cfg.megatron_args.get("optimizer_cpu_offload")),
-            "--optimizer-cpu-offload: Megatron has it in Transformer Engine's precision-aware optimizer alone, which "
-            "the Megatron backend does not step on the host (--train-backend fsdp has --fsdp-cpu-offload)",
-        ),
+        *_refusals_of_offload(cfg, run),
         (cfg.moe_grouped_gemm and not megatron.has_transformer_engine, "--moe-grouped-gemm needs Transformer Engine"),
     ):
         if is_refused:
@@ -127,6 +134,18 @@ def check_megatron(cfg: MegatronConfig, run: RunConfig) -> None:
     check_parallelism(cfg, run.num_trainers, run.context_parallel_size)
     if run.needs_critic:
         check_parallelism(cfg, run.num_critics, run.context_parallel_size)
+
+
+def _refusals_of_offload(cfg: MegatronConfig, run: RunConfig) -> list[tuple[bool, str]]:
+    offloads, further = cfg.optimizer_cpu_offload, cfg.megatron_args
+    kind = further.get("optimizer", run.optimizer)
+    is_precision_aware = bool(further.get("use_precision_aware_optimizer"))
+    return [
+        (bool(further.get("optimizer_cpu_offload")), "--megatron-args: optimizer_cpu_offload is a flag of its own"),
+        (cfg.optimizer_offload_fraction != 1 and not offloads, "--optimizer-offload-fraction: nothing is offloaded"),
+        (offloads and kind != "adam", f"--optimizer-cpu-offload with --optimizer {kind}"),
+        (offloads and is_precision_aware, "--optimizer-cpu-offload with --use-precision-aware-optimizer"),
+    ]
 
 
 def check_parallelism(cfg: MegatronConfig, num_ranks: int, context: int) -> None:

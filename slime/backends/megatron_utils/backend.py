@@ -162,7 +162,7 @@ class MegatronBackend:
             lengths_on_device=self.transformer_engine,
         )
         optimizer_config = transformer.optimizer_config(self.run, self.cfg, dtype=self.dtype)
-        self.optimizer = make_optimizer(optimizer_config, self.chunk.wrapped)
+        self.optimizer = make_optimizer(optimizer_config, self.chunk.wrapped, host_share=self.cfg.host_share)
         self.config.finalize_model_grads_func = add_up_gradients
         if self.cfg.overlap_grad_reduce:
             self.config.no_sync_func = partial(without_reduction, self.chunk.wrapped)

@@ -23,13 +23,15 @@ RENAMED = {
     "ddp_param_name_patterns_for_fp32_local_accumulation": "param_name_patterns_for_fp32_local_accumulation",
     "fp8_param_gather": "fp8_param",
 }
-# Fields of what slime does in its own way: the loss, the step, the learning rate, and the gathering of weights when a
-# step ends, since they are read then, and not while the next forward runs.
+# Fields of what slime does in its own way: the loss, the step, the learning rate, moments on the host, and the
+# gathering of weights when a step ends, since they are read then, and not while the next forward runs.
 WITHOUT_EFFECT = frozenset(
     {
         *("barrier_with_L1_time", "cross_entropy_fusion_impl", "cross_entropy_loss_fusion", "decoupled_lr"),
         *("decoupled_min_lr", "log_num_zeros_in_grad", "timers", "defer_embedding_wgrad_compute"),
         *("overlap_param_gather", "overlap_param_gather_with_optimizer_step"),
+        *("optimizer_cpu_offload", "optimizer_offload_fraction", "use_torch_optimizer_for_cpu_offload"),
+        *("overlap_cpu_optimizer_d2h_h2d", "pin_cpu_grads", "pin_cpu_params"),
     }
 )
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}

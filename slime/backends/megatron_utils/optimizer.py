@@ -20,15 +20,23 @@ from slime.backends.megatron_utils.adam import apply_group_step_adam
 _MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer", "step"}
 
 
-def make_optimizer(config: MegatronOptimizerConfig, models: list[nn.Module]) -> MegatronOptimizer:
-    """models: wrapped, with the weights to start from: half-precision ones get float32 copies now."""
-    apply_group_step_adam()
+def make_optimizer(
+    config: MegatronOptimizerConfig, models: list[nn.Module], *, host_share: float = 0.0
+) -> MegatronOptimizer:
+    """models: wrapped, with the weights to start from: half-precision ones get float32 copies now.
+
+    host_share: of Adam's moments, that which is kept on the host.
+    """
+    apply_group_step_adam(is_needed=host_share > 0)
     by_shape = getattr(megatron_optimizer, "get_standard_config_overrides", None)  # before 0.16 that is the default
     options = {} if by_shape is None else {"config_overrides": by_shape(config)}
     optimizer = get_megatron_optimizer(config, models, **options)
     if config.optimizer == "sgd":
         for part in parts_of(optimizer):
             part.init_state_fn = _start_momentum
+    if host_share > 0:
+        for part in parts_of(optimizer):
+            part.optimizer.keep_on_host(host_share)
     return optimizer
 
 

@@ -175,7 +175,21 @@ def test_compiled_layers_train_as_plain_ones(
         assert compiled["train/grad_norm"] == pytest.approx(plain["train/grad_norm"], rel=tolerance)
 
 
-@pytest.mark.parametrize("way", [[], ["--async-save"], ["--ckpt-format", "torch"], ["--fp16", "--async-save"]], ids=str)
+OFFLOAD = "--optimizer-cpu-offload"
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        [],
+        ["--async-save"],
+        ["--ckpt-format", "torch"],
+        ["--fp16", "--async-save"],
+        [OFFLOAD, "--async-save"],
+        [OFFLOAD, "--ckpt-format", "torch", "--no-use-distributed-optimizer"],
+    ],
+    ids=str,
+)
 def test_a_checkpoint_goes_on_where_it_was_written(
     nccl_world: None, model: Path, tmp_path: Path, way: list[str]
 ) -> None:
