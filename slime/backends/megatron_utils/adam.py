@@ -68,7 +68,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but that moments on the host stay where they are and are overwritten there."""
-        kept = {param: self.state[param] for param in self._on_host}
+        kept = {param: state for param, state in self.state.items() if param in self._on_host}
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         of_host = {number: kept[param] for number, param in zip(numbers, params, strict=True) if param in kept}

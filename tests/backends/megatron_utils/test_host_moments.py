@@ -57,7 +57,8 @@ def step(optimizer: GroupStepAdamW, seed: int, *, skipped: int = -1) -> None:
 
 
 def moments_of(optimizer: GroupStepAdamW) -> list[torch.Tensor]:
-    return [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
+    """In the order of parameters."""
+    return [moment for _, state in sorted(optimizer.state_dict()["state"].items()) for moment in state.values()]
 
 
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.01])
