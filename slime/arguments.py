@@ -182,6 +182,8 @@ def _check_supported(args: Args) -> None:
     if args.train_backend == "megatron" and not args.debug_rollout_only and "num_hidden_layers" in model_config:
         num_virtual_stages(args, model_config["num_hidden_layers"])
     if args.train_backend == "fsdp":
+        if args.optimizer_cpu_offload:
+            raise ConfigError("--optimizer-cpu-offload is of Megatron: --train-backend fsdp has --fsdp-cpu-offload.")
         check_packable(model_config)
         check_context_parallel(args.context_parallel_size, args, model_config)
     for model in args.file_models:

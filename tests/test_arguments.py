@@ -202,6 +202,7 @@ def test_flags_become_typed_settings(base: list[str]) -> None:
             ["--actor-num-gpus-per-node", "3", "--context-parallel-size", "3"],
             "--context-parallel-size 3 must divide the query heads of the model",
         ),
+        (["--optimizer-cpu-offload"], "--train-backend fsdp has --fsdp-cpu-offload"),
         (["--hf-checkpoint", "absent"], "--hf-checkpoint: there is no directory absent."),
         (["--hf-checkpoint", "."], "--hf-checkpoint: . has no config.json"),
         (["--ref-load", "absent"], "--ref-load: there is no directory absent."),

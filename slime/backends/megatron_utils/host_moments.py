@@ -63,22 +63,32 @@ class HostMoments:
 
     @torch.no_grad()
     def update(self, update: Update) -> None:
-        """Have `update` change parameters that have a gradient, and their moments. Waits until these are back."""
+        """Have `update` change parameters that have a gradient, and their moments. Waits until these are back.
+
+        A wave is sent for before the one ahead of it is worked on: Megatron has one queue to the GPU, in which what
+        follows an operation that waits does so too.
+        """
         if not self._waves:
             return
-        device, width = self.params[0].device, self._width
+        device, num_waves = self.params[0].device, len(self._waves)
+        rooms = [torch.empty(len(NAMES), self._width, device=device) for _ in range(min(NUM_ROOMS, num_waves))]
         lanes = _Lanes(device)
-        rooms = [torch.empty(len(NAMES), width, device=device) for _ in self._waves[:NUM_ROOMS]]
-        for number, pieces in enumerate(self._waves):
-            host = [row[number * width : (number + 1) * width] for row in self._rows]
-            room = [row[: len(host[0])] for row in rooms[number % NUM_ROOMS]]
-            with lanes.coming_in(number):
-                _copy(host, room)
-            with lanes.at_work():
-                _update_pieces(pieces, room, update)
-            with lanes.going_out():
-                _copy(room, host)
+        for number in range(num_waves + 1):
+            if number < num_waves:
+                with lanes.coming_in(number):
+                    _copy(*self._host_and_room(number, rooms))
+            if number > 0:
+                host, room = self._host_and_room(number - 1, rooms)
+                lanes.wait_for(number - 1)
+                _update_pieces(self._waves[number - 1], room, update)
+                with lanes.going_out():
+                    _copy(room, host)
         lanes.finish()
+
+    def _host_and_room(self, number: int, rooms: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The rows of a wave where they are kept, and on the device."""
+        host = [row[number * self._width : (number + 1) * self._width] for row in self._rows]
+        return host, [row[: len(host[0])] for row in rooms[number % NUM_ROOMS]]
 
 
 def within(params: list[Tensor], share: float) -> list[Tensor]:
@@ -130,6 +140,7 @@ class _Lanes:
             self._work = torch.cuda.current_stream(device)
             self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
             self._in.wait_stream(self._work)  # memory of the rooms may still be read by what had it before
+            self._arrived: list[torch.cuda.Event] = []
             self._emptied: list[torch.cuda.Event] = []
 
     @contextlib.contextmanager
@@ -142,17 +153,16 @@ class _Lanes:
             self._in.wait_event(self._emptied[number - NUM_ROOMS])
         with torch.cuda.stream(self._in):
             yield
+        self._arrived.append(self._in.record_event())
 
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Kernels of the stream that the caller is on, once the wave is in."""
+    def wait_for(self, number: int) -> None:
+        """Kernels that follow begin when wave `number` is in."""
         if self._is_cuda:
-            self._work.wait_stream(self._in)
-        yield
+            self._work.wait_event(self._arrived[number])
 
     @contextlib.contextmanager
     def going_out(self) -> Iterator[None]:
-        """Copies of the wave to the host, once it is updated."""
+        """Copies of the wave that was worked on last to the host."""
         if not self._is_cuda:
             yield
             return

@@ -143,6 +143,10 @@ def test_a_backend_trains_as_without_it(parallel: dict[str, Any], precision: dic
         assert equal(run.weights, runs[0].weights)
 
 
+def num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 @pytest.mark.parametrize(
     ("before", "after", "parallel"),
     [
@@ -158,6 +162,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     settings: dict[str, Any] = {"bf16": True, "async_save": True}
     whole = trained(model, tmp_path / "whole", [0, 1], parallel=parallel, bf16=True)
     trained(model, tmp_path / "parts", [0], parallel=parallel | before, **settings)
+    written, expected = (num_bytes(tmp_path / name / "iter_0000000") for name in ("parts", "whole"))
+    assert written == pytest.approx(expected, rel=0.02)  # not the memory around moments
     load = str(tmp_path / "parts")
     again = trained(model, tmp_path / "new", [1], first=1, load=load, parallel=parallel | after, **settings)
     assert equal(again, whole)
