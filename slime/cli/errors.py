@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -9,10 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import slime
 from slime.utils.processes import Terminated
 
 # Builtin errors that are raised with a sentence for the user; of RuntimeError only slime's own subclasses are.
 _EXPECTED = (ValueError, OSError)
+_FRAME = re.compile(r'^ *File "(?P<file>[^"<]+)", line (?P<line>\d+), in (?P<function>.+)$', re.MULTILINE)
+_PACKAGE = str(Path(slime.__file__).parent)
+_LIBRARY = re.compile(r"/(lib/python3\.\d+|site-packages)/")
 
 
 @dataclass
@@ -46,12 +51,26 @@ def _report(error: Exception, log_dir: Path | None) -> int:
         print(f"error: {' '.join(str(cause).split())}", file=sys.stderr)
         return 2
     text = "".join(traceback.format_exception(error))
-    where = ""
+    place = _place_of_user(text)
+    where = f" ({type(cause).__name__}{place})" if place else ""
     if not _is_expected(cause):
         print(text, file=sys.stderr)
-        where = f" ({type(cause).__name__})"
+        where = f" ({type(cause).__name__}{place})"
     print(f"error: {cause}{where}{_kept(text, log_dir)}", file=sys.stderr)
     return 1
+
+
+def _place_of_user(text: str) -> str:
+    """` in FUNCTION, FILE:LINE` where a traceback ends in a file of the user's, such as a plug-in; else empty.
+
+    What a library raised counts for its caller. It is the text that is read: of another process there is no other.
+    """
+    for frame in reversed(list(_FRAME.finditer(text))):
+        if frame["file"].startswith(_PACKAGE):
+            return ""
+        if not _LIBRARY.search(frame["file"]):
+            return f" in {frame['function']}, {frame['file']}:{frame['line']}"
+    return ""
 
 
 def _is_expected(cause: BaseException) -> bool:

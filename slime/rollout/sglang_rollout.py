@@ -10,6 +10,7 @@ import asyncio
 import functools
 import hashlib
 import inspect
+import logging
 import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -45,10 +46,16 @@ __all__ = [
     "sampling_seed",
 ]
 
+logger = logging.getLogger(__name__)
+
 # A sample in one of these is not generated again.
 GENERATED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED, SampleStatus.FAILED)
 UNSCORED = (SampleStatus.ABORTED, SampleStatus.FAILED)
 MAX_INTERRUPTIONS = 16  # of one sample, by somebody else who ends requests at the engines
+
+
+class GenerationError(RuntimeError):
+    """A user's generation function raised; the run may go on without this sample."""
 
 
 def get_model_url(args: Any, model_name: str = "actor", endpoint: str = "/generate") -> str:
@@ -196,7 +203,9 @@ async def generate_and_rm(
         if not args.group_rm and not state.is_aborted:
             with state.interruptible(state.scoring):
                 await _score(args, output)
-    except (HTTPError, RewardError) as error:
+    except (HTTPError, RewardError, GenerationError) as error:
+        if isinstance(error, GenerationError) and state.num_failed == 0:
+            logger.warning("the first sample that failed:", exc_info=error)
         _mark_failed(sample, error)
         output = sample
     _count_failures(state, output)
@@ -291,11 +300,30 @@ async def _generate(
         return await generate(args, sample, sampling_params, evaluation=evaluation)
     function, takes_evaluation = _custom_generate(path)
     extra = {"evaluation": evaluation} if takes_evaluation else {}
-    output: Sample | list[Sample] = await function(args, sample, sampling_params, **extra)
-    if isinstance(output, list):
-        for member in output:
-            member.rollout_id = sample.index
-    return output
+    try:
+        output = function(args, sample, sampling_params, **extra)
+        output = await output if inspect.isawaitable(output) else output
+    except HTTPError:
+        raise
+    except Exception as error:  # the function is the user's and may raise anything; it fails its sample, by name
+        raise GenerationError(
+            f"generation {path}, sample {sample.index}: raised {type(error).__name__}: {error}"
+        ) from error
+    return _checked_output(output, path, sample)
+
+
+def _checked_output(output: Any, path: str, sample: Sample) -> Sample | list[Sample]:
+    """What a generation function returned, siblings marked as such. Raises ValueError where that is something else."""
+    if isinstance(output, Sample):
+        return output
+    if not isinstance(output, list) or not all(isinstance(member, Sample) for member in output):
+        raise ValueError(
+            f"--custom-generate-function-path: {path} must return a Sample or a list of Samples, got {output!r:.80}"
+        )
+    siblings: list[Sample] = output
+    for member in siblings:
+        member.rollout_id = sample.index
+    return siblings
 
 
 @functools.lru_cache(maxsize=64)

@@ -134,6 +134,31 @@ class Sample:
     Status = SampleStatus  # no annotation: `Sample.Status.COMPLETED`, not a field
 
     @property
+    def truncated(self) -> bool:
+        """Whether the response was ended for its length. Generation functions may set it: `status` follows."""
+        return self.status is SampleStatus.TRUNCATED
+
+    @truncated.setter
+    def truncated(self, value: bool) -> None:
+        self._set_ended(SampleStatus.TRUNCATED, value)
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the engine was told to end the response. Generation functions may set it: `status` follows."""
+        return self.status is SampleStatus.ABORTED
+
+    @aborted.setter
+    def aborted(self, value: bool) -> None:
+        self._set_ended(SampleStatus.ABORTED, value)
+
+    def _set_ended(self, status: SampleStatus, is_so: bool) -> None:
+        """`status` is how the response ended, or is not: then COMPLETED, unless it is known to have ended otherwise."""
+        if is_so:
+            self.status = status
+        elif self.status in (SampleStatus.PENDING, status):
+            self.status = SampleStatus.COMPLETED
+
+    @property
     def effective_response_length(self) -> int:
         """Response tokens that are trained on."""
         return self.response_length if self.loss_mask is None else sum(self.loss_mask)

@@ -24,6 +24,7 @@ BROAD_EXCEPT = {
     "slime/engine/embedded/engine.py": "handed to the caller of a function that runs in the engine's thread",
     "slime/rollout/rm_hub/deadline.py": "a reward plug-in may raise anything; it fails its sample, by name",
     "slime/rollout/rm_hub/worker_process.py": "likewise, in a process of its own",
+    "slime/rollout/sglang_rollout.py": "a generation function may raise anything; it fails its sample, by name",
     "slime/utils/processing_utils.py": "the tokenizers library raises plain Exception",
     "slime/agent/generate.py": "an agent may raise anything; it fails its sample, by name",
     "slime/cli/errors.py": "where every failure of a run ends",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
 from slime.cli.errors import reported_errors
 from slime.config import ConfigError
+from slime.data.files import read_rows
 from slime.utils.http_utils import HTTPError
 from slime.utils.processes import Terminated
 
@@ -31,7 +33,9 @@ def test_expected_errors_are_a_sentence_with_the_traceback_in_a_file(
     error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _report(error, tmp_path) == 1
-    assert capsys.readouterr().err == f"error: bad line\n(traceback: {tmp_path / 'error.log'})\n"
+    shown, kept = capsys.readouterr().err.splitlines()
+    assert shown.startswith("error: bad line")
+    assert kept == f"(traceback: {tmp_path / 'error.log'})"
     assert "raise error\n" in (tmp_path / "error.log").read_text()
 
 
@@ -43,7 +47,23 @@ def test_what_nobody_expected_shows_its_traceback_and_kind(
     output = capsys.readouterr().err
     assert code == 1
     assert output.startswith("Traceback (most recent call last):")
-    assert output.rstrip().endswith(f"({type(error).__name__})")
+    assert output.splitlines()[-1].startswith(f"error: {error} ({type(error).__name__}")
+
+
+def test_what_a_plug_in_raised_names_its_function_and_line_and_what_slime_raised_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def score(text):\n    return parse(text)\n\ndef parse(text):\n    return int(text)\n"
+    )
+    score = run_path(str(tmp_path / "mine.py"))["score"]
+    with reported_errors():
+        score("{")
+    place = f"(ValueError in parse, {tmp_path / 'mine.py'}:5)"
+    assert capsys.readouterr().err == f"error: invalid literal for int() with base 10: '{{' {place}\n"
+    with reported_errors():
+        list(read_rows(str(tmp_path / "nowhere.jsonl")))
+    assert capsys.readouterr().err.rstrip().endswith("does not exist")
 
 
 def test_ctrl_c_is_130_and_sigterm_0(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,4 +77,6 @@ def test_a_run_directory_that_takes_no_file_does_not_hide_the_error(
 ) -> None:
     (tmp_path / "error.log").mkdir()
     assert _report(ValueError("bad line"), tmp_path) == 1
-    assert capsys.readouterr().err.startswith("error: bad line\n(the traceback could not be written: ")
+    shown, kept = capsys.readouterr().err.splitlines()
+    assert shown.startswith("error: bad line")
+    assert kept.startswith("(the traceback could not be written: ")

@@ -193,7 +193,10 @@ def test_a_batch_with_too_many_failures_ends_the_run(make_args: MakeArgs, source
         generate_rollout(args, 0, source(args))
 
 
-@pytest.mark.parametrize(("generation", "says"), [("sixth_breaks", "1 of 4 samples failed"), ("sixth_raises", "lost")])
+@pytest.mark.parametrize(
+    ("generation", "says"),
+    [("sixth_breaks", "1 of 4 samples failed"), ("sixth_raises", "sample 6: raised KeyError: 'lost'")],
+)
 def test_a_failure_among_later_groups_is_reported_before_their_batch_is_asked_for(
     make_args: MakeArgs, source: Any, monkeypatch: pytest.MonkeyPatch, generation: str, says: str
 ) -> None:
@@ -201,15 +204,15 @@ def test_a_failure_among_later_groups_is_reported_before_their_batch_is_asked_fo
     args = make_args(generation)
     data_source = source(args)
     assert indices(generate_rollout(args, 0, data_source)) == [0, 1, 2, 3]
-    with pytest.raises((RolloutFailed, KeyError), match=says):
+    with pytest.raises(RolloutFailed, match=says):
         background._first.result(10)
-    with pytest.raises((RolloutFailed, KeyError), match=says):
+    with pytest.raises(RolloutFailed, match=says):
         generate_rollout(args, 1, data_source)
 
 
-def test_what_a_plug_in_raises_is_raised(make_args: MakeArgs, source: Any) -> None:
+def test_what_a_plug_in_raises_ends_the_run_beyond_the_failures_allowed(make_args: MakeArgs, source: Any) -> None:
     args = make_args("raises")
-    with pytest.raises(KeyError, match="no such tool"):
+    with pytest.raises(RolloutFailed, match="samples failed.*raised KeyError: 'no such tool'"):
         generate_rollout(args, 0, source(args))
 
 

@@ -101,6 +101,16 @@ async def counted(args: Args, sample: Sample, sampling_params: dict[str, Any]) -
     return await answer_in_place(args, sample, sampling_params)
 
 
+async def second_sample_raises(args: Args, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    if sample.index is not None and sample.index % 2:
+        raise KeyError("no such tool")
+    return await answer(args, sample, sampling_params)
+
+
+async def forgets_to_answer(args: Args, sample: Sample, sampling_params: dict[str, Any]) -> None:
+    """Returns nothing."""
+
+
 in_flight: list[int] = []
 
 
@@ -151,6 +161,23 @@ def test_the_share_and_the_number_of_failures_are_reported(make_args: MakeArgs) 
 def test_a_finish_reason_that_is_not_known_is_a_failure(make_args: MakeArgs) -> None:
     args = make_args(*custom("second_sample_breaks"))
     with pytest.raises(RolloutFailed, match=r"[1-4] of 8 samples failed.*finish reason 'tea_break'"):
+        generate_rollout(args, 0, RolloutDataSource(args))
+
+
+def test_a_generation_function_that_raises_fails_its_samples_by_name(make_args: MakeArgs) -> None:
+    args = make_args(*custom("second_sample_raises"), "--max-failed-fraction", "0.5")
+    output = generate_rollout(args, 0, RolloutDataSource(args))
+    assert output.metrics == {"rollout/failed": 0.5, "rollout/num_failed": 4}
+    args = make_args(*custom("second_sample_raises"))
+    says = r"[1-4] of 8 samples failed.*second_sample_raises, sample \d: raised KeyError: 'no such tool'"
+    with pytest.raises(RolloutFailed, match=says):
+        generate_rollout(args, 0, RolloutDataSource(args))
+
+
+def test_a_generation_function_that_returns_no_sample_is_named(make_args: MakeArgs) -> None:
+    args = make_args(*custom("forgets_to_answer"))
+    says = "--custom-generate-function-path.*forgets_to_answer must return a Sample or a list of Samples, got None"
+    with pytest.raises(ValueError, match=says):
         generate_rollout(args, 0, RolloutDataSource(args))
 
 

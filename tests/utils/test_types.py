@@ -80,6 +80,21 @@ def test_the_finish_reason_becomes_the_status(reason: str, status: str) -> None:
     assert sample.status == status
 
 
+@pytest.mark.parametrize(("reason", "status"), [("stop", "completed"), ("length", "truncated"), ("abort", "aborted")])
+def test_a_generation_function_may_say_how_the_response_ended_in_two_flags(reason: str, status: str) -> None:
+    sample = Sample()
+    sample.truncated = reason == "length"
+    sample.aborted = reason == "abort"
+    assert sample.status == status
+    assert (sample.truncated, sample.aborted) == (status == "truncated", status == "aborted")
+
+
+def test_a_sample_that_failed_stays_so_whatever_else_it_is_not() -> None:
+    sample = Sample(status=Sample.Status.FAILED)
+    sample.truncated = sample.aborted = False
+    assert sample.status is Sample.Status.FAILED
+
+
 def test_a_finish_reason_that_is_not_known_fails_the_sample() -> None:
     sample = Sample()
     sample.update_from_meta_info(None, {"finish_reason": {"type": "tea_break"}})
