@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from slime.data.files import read_rows
 from slime.utils.misc import load_function
 from slime.utils.types import Sample
 from slime.weight_sync.folder import NUM_VERSIONS, free_bytes, weights_root
+
+logger = logging.getLogger(__name__)
 
 PLUGINS = (
     "rollout_function_path",
@@ -273,6 +276,7 @@ def _check_folders(args: Args, model: ModelFiles) -> None:
         folder = getattr(args, name)
         if folder is not None:
             _check_writable(Path(folder), flag_of(name))
+    _warn_of_checkpoints(args)
     if args.debug_train_only:
         return
     run_dir = Path(args.run_dir or args.save or "runs")
@@ -282,6 +286,20 @@ def _check_folders(args: Args, model: ModelFiles) -> None:
         raise ConfigError(
             f"{root} has {free / 2**30:.1f} GiB free, two versions of the weights take {wanted / 2**30:.1f}: name a "
             "larger folder with --update-weight-disk-dir."
+        )
+
+
+def _warn_of_checkpoints(args: Args) -> None:
+    """A run that does not go on from what lies in --save writes over it, step by step."""
+    if args.save is None or (args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()):
+        return
+    tracker = Path(args.save) / "latest_checkpointed_iteration.txt"
+    if tracker.is_file():
+        logger.warning(
+            "--save %s holds checkpoints of another run, up to step %s, and this one writes over them: --resume goes "
+            "on from there",
+            args.save,
+            tracker.read_text().strip(),
         )
 
 

@@ -21,6 +21,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from slime.arguments import Args, settings_as_dict
+from slime.config import ConfigError
 from slime.observability.progress import Progress
 from slime.ray.actors import create_actor
 from slime.ray.engine_command import resolve_engine
@@ -34,7 +35,7 @@ from slime.ray.train_actor import Role
 from slime.ray.watchdog import Watchdog
 from slime.utils.logging import configure_logging
 from slime.utils.misc import is_due
-from slime.utils.processes import Terminated, owned_directory
+from slime.utils.processes import Terminated, owned_directory, sole_user
 from slime.weight_sync.folder import checkpoint_bytes, weights_root
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,10 @@ class Job:
 
     def __enter__(self) -> Job:
         configure_logging(self.args.log_level)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         with self._stack:
+            self._claim("--run-dir" if self.args.run_dir else "--save", self.run_dir)
+            if self.args.save is not None and Path(self.args.save).resolve() != self.run_dir:
+                self._claim("--save", Path(self.args.save))
             self.progress = self._stack.enter_context(Progress())
             with self.progress.phase("starting", "engines and trainers to start"):
                 self._start()
@@ -78,6 +81,16 @@ class Job:
         self._stack.__exit__(*exc_info)
 
     # --- start
+
+    def _claim(self, flag: str, folder: Path) -> None:
+        """Make `folder`, and write there alone until the end. Raises ConfigError where another run does."""
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._stack.enter_context(sole_user(folder))
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{flag}: another run writes to {folder}. Wait for its end, or name another folder."
+            ) from error
 
     def _start(self) -> None:
         """Everything slow starts at once: prompts, engines and trainers load while the others do."""

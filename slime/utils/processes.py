@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
+import os
 import resource
 import shutil
 import subprocess
@@ -78,6 +80,26 @@ def owned_directory(root: Path, *, prefix: str) -> Iterator[Path]:
         guard.wait()
         assert guard.stdin is not None
         guard.stdin.close()
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Be the only one with `folder` in such a block, also where the other is another process.
+
+    Raises BlockingIOError at once where somebody else is. The kernel ends it with this process, however that ends. A
+    file system without locks lets everybody in.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def raise_open_file_limit() -> int:

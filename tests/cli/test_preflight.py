@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from helpers.tiny_models import make_tiny_model
 
 from slime.arguments import Args, parse_args
+from slime.backends.shared.checkpoint import CheckpointError
 from slime.cli.dry_run import plan, training_load
 from slime.cli.preflight import preflight
 from slime.config import ConfigError
@@ -128,6 +130,24 @@ class Source:
 def test_a_model_that_is_not_there_is_named_with_its_flag(make_args: MakeArgs, flags: list[str]) -> None:
     with pytest.raises(ValueError, match=f"{flags[-2]}: there is no directory nowhere"):
         preflight(make_args([ROW], "--rm-type", "random", *flags))
+
+
+@pytest.mark.parametrize(("flags", "is_warned"), [([], True), (["--resume"], False), (["--load", "ckpt"], False)])
+def test_checkpoints_that_a_run_writes_over_are_told(
+    make_args: MakeArgs,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    is_warned: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").write_text("7")
+    args = make_args([ROW], "--rm-type", "random", "--save", str(tmp_path / "ckpt"), *flags)
+    with contextlib.suppress(CheckpointError):  # the tracker promises what is not there
+        preflight(args)
+    assert ("up to step 7, and this one writes over them: --resume" in caplog.text) == is_warned
 
 
 @pytest.mark.parametrize(("flags", "number"), [([], 0), (["--start-rollout-id", "3", "--num-rollout", "4"], 3)])

@@ -145,15 +145,16 @@ from slime.training.estimators import ESTIMATORS
 
 def scores(rewards, group_ids, cfg):
     """Best of the rollout against the rest."""
-    return (rewards == rewards.max()).float()
+    return cfg.prize * (rewards == rewards.max()).float()
 
 ESTIMATOR = replace(ESTIMATORS["grpo"], scores=scores)
 '''
     (tmp_path / "my_algorithm.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     batch = batch_of()
-    metrics, _ = train(model, tmp_path, batch, advantage_estimator="my_algorithm.ESTIMATOR", **STEADY)
-    assert metrics["rollout/rewards"] == pytest.approx((batch.rewards == batch.rewards.max()).mean())
+    own = {"advantage_estimator": "my_algorithm.ESTIMATOR", "plugin_settings": {"prize": 3.0}}
+    metrics, _ = train(model, tmp_path, batch, **own, **STEADY)
+    assert metrics["rollout/rewards"] == pytest.approx(3 * (batch.rewards == batch.rewards.max()).mean())
     with pytest.raises(ValueError, match="my_algorithm.scores must be a slime.training.estimators.Estimator"):
         estimator_of(AlgorithmConfig(advantage_estimator="my_algorithm.scores"))
     with pytest.raises(ConfigError, match="--advantage-estimator must be one of grpo, .* got 'grop'"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slime.utils.processes import OwnedProcess, owned_directory, raise_open_file_limit
+from slime.utils.processes import OwnedProcess, owned_directory, raise_open_file_limit, sole_user
 from tests.e2e.cpu.helpers.runs import ROOT, wait_for
 
 WAIT = "import threading; threading.Event().wait()"
@@ -110,6 +110,25 @@ def test_an_owned_directory_goes_with_the_block_and_its_guard_too(tmp_path: Path
         raise KeyError
     assert not any(tmp_path.iterdir())
     assert {child.pid for child in psutil.Process().children()} <= before
+
+
+def test_a_folder_has_one_user_until_that_one_ends_or_dies(tmp_path: Path) -> None:
+    program = "import sys\nfrom pathlib import Path\nfrom slime.utils.processes import sole_user\n"
+    program += "with sole_user(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()\n"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(BlockingIOError), sole_user(tmp_path):
+            pass
+        other.kill()
+        other.wait(10)
+        with sole_user(tmp_path):
+            with pytest.raises(BlockingIOError), sole_user(tmp_path):
+                pass
+    with sole_user(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_open_file_limit_becomes_the_hard_one() -> None:

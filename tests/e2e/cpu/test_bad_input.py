@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+from slime.utils.processes import sole_user
 from tests.e2e.cpu.helpers.runs import Starter
 
 
@@ -136,6 +137,18 @@ def test_an_external_router_that_is_not_there_is_refused(start: Starter) -> None
         port = str(bound.getsockname()[1])
         says = ("no router answers", port, "--sglang-router-ip")
         _refuses(start, ["--sglang-router-ip", "127.0.0.1", "--sglang-router-port", port], Case(_flags(), says))
+
+
+@pytest.mark.parametrize("flag", ["--run-dir", "--save"])
+def test_a_folder_that_another_run_writes_to_is_refused(start: Starter, flag: str) -> None:
+    folder = start.folder / ("ckpt" if flag == "--save" else "run")
+    folder.mkdir()
+    with sole_user(folder):
+        run = start(flag, str(folder))
+        assert run.wait() == 2, run.output()
+    assert run.output() == f"error: {flag}: another run writes to {folder}. Wait for its end, or name another folder.\n"
+    assert list(folder.iterdir()) == []
+    run.leaves_nothing(within_s=1)
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(start: Starter) -> None:
