@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Further flags are taken as Megatron's model arguments (scripts/models) and compared with config.json.",
         allow_abbrev=False,
     )
-    parser.add_argument("source", type=Path, help="HF directory; or folder of Megatron checkpoints, or of one of them")
+    parser.add_argument(
+        "source", type=_directory, help="HF directory; or folder of Megatron checkpoints, or of one of them"
+    )
     parser.add_argument("target", type=Path, help="folder to write; it must not hold a model yet")
     _add_origin(parser, required=False)
     options, model_args = parser.parse_known_args(argv)
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def main_hf_to_torch_dist(argv: Sequence[str] | None = None) -> int:
     """`tools/convert_hf_to_torch_dist.py ${MODEL_ARGS[@]} --hf-checkpoint DIR --save DIR`."""
     parser = argparse.ArgumentParser(description="An HF directory to a Megatron checkpoint.", allow_abbrev=False)
-    parser.add_argument("--hf-checkpoint", type=Path, required=True, metavar="DIR", help="HF directory to read")
+    parser.add_argument("--hf-checkpoint", type=_directory, required=True, metavar="DIR", help="HF directory to read")
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="folder of checkpoints to write")
     options, model_args = parser.parse_known_args(argv)
     return to_torch_dist(options.hf_checkpoint, options.save, model_args)
@@ -46,7 +48,9 @@ def main_hf_to_torch_dist(argv: Sequence[str] | None = None) -> int:
 def main_torch_dist_to_hf(argv: Sequence[str] | None = None) -> int:
     """`tools/convert_torch_dist_to_hf.py --input-dir DIR --output-dir DIR --origin-hf-dir DIR`."""
     parser = argparse.ArgumentParser(description="A Megatron checkpoint to an HF directory.", allow_abbrev=False)
-    parser.add_argument("--input-dir", type=Path, required=True, metavar="DIR", help="checkpoint, or folder of them")
+    parser.add_argument(
+        "--input-dir", type=_directory, required=True, metavar="DIR", help="checkpoint, or folder of them"
+    )
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="HF directory to write")
     _add_origin(parser, required=True)
     options = parser.parse_args(argv)
@@ -79,7 +83,14 @@ def to_hf(source: Path, target: Path, origin: Path) -> int:
 
 def _add_origin(parser: argparse.ArgumentParser, *, required: bool) -> None:
     text = "HF directory of the same model: its config and tokenizer are copied"
-    parser.add_argument("--origin-hf-dir", type=Path, required=required, metavar="DIR", help=text)
+    parser.add_argument("--origin-hf-dir", type=_directory, required=required, metavar="DIR", help=text)
+
+
+def _directory(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {text}")
+    return path
 
 
 @contextmanager

@@ -61,6 +61,20 @@ def test_slime_convert_finds_the_direction(tmp_path: Path, capsys: pytest.Captur
     assert "--origin-hf-dir is needed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["nowhere", "new"], ["hf", "new", "--origin-hf-dir", "nowhere"], ["nowhere", "new", "--origin-hf-dir", "hf"]],
+)
+def test_a_directory_that_is_not_there_is_named(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(SystemExit):
+        main(words)
+    assert capsys.readouterr().err.rstrip().endswith("there is no directory nowhere")
+
+
 def test_model_arguments_that_differ_from_config_json_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

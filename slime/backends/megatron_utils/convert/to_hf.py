@@ -68,7 +68,10 @@ def _parameters(folder: Path, shape: ModelShape) -> Iterator[Sharded]:
         return _from_torch_dist(TorchDistReader(folder), shape)
     if any(folder.glob("mp_rank_*")):
         return read_torch_format(folder, shape)
-    raise NameMapError(f"{folder} holds neither a torch_dist checkpoint (.metadata) nor a torch one (mp_rank_*)")
+    raise NameMapError(
+        f"{folder} holds neither a torch_dist checkpoint (.metadata) nor a torch one (mp_rank_*). For a run with FSDP "
+        "--save-hf writes an HF directory at each save."
+    )
 
 
 def _from_torch_dist(reader: TorchDistReader, shape: ModelShape) -> Iterator[Sharded]:
