@@ -28,7 +28,11 @@ def main() -> int:
     """Exit code of the chosen command."""
     argv = sys.argv[1:]
     if argv and argv[0] in COMMANDS:
-        return int(importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:]))
+        try:
+            return int(importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:]))
+        except KeyboardInterrupt:  # of imports, which take seconds
+            print("interrupted", file=sys.stderr)
+            return 130
     lines = [f"  {name:12} {command.help}" for name, command in COMMANDS.items()]
     print(
         "usage: slime COMMAND ...\n\n" + "\n".join(lines), file=sys.stdout if argv in ([], ["--help"]) else sys.stderr
