@@ -94,7 +94,7 @@ class _Collection:
 
     def _draw(self) -> None:
         """Start the next prompts, those of the buffer first."""
-        groups = self.data_source.get_samples(self.args.over_sampling_batch_size)
+        groups = self.data_source.get_samples(self.args.over_sampling_batch_size) or []
         self.is_exhausted = not groups
         if self.num_drawn and groups:
             logger.info("%d groups missing, %s dropped: drawing on", self.num_missing, self.drops.drops.total())

@@ -28,7 +28,7 @@ from slime.utils.types import Sample, SampleStatus
 def generate_rollout(
     args: Any, rollout_id: int, data_source: DataSource, evaluation: bool = False
 ) -> RolloutFnTrainOutput:
-    """The next args.rollout_batch_size conversations as groups of scored samples, reward 0.
+    """The next args.rollout_batch_size conversations, or those that are left, as groups of scored samples, reward 0.
 
     Raises ValueError, naming the sample, for a prompt that is no list of messages, a turn that cannot be masked
     exactly, or a conversation with no token to train on.
@@ -41,6 +41,8 @@ def generate_rollout(
     num_dropped = 0
     while len(groups) < args.rollout_batch_size:
         drawn = data_source.get_samples(args.rollout_batch_size - len(groups))
+        if not drawn:
+            break
         kept = [group for group in drawn if all(_is_filled(sample, generator, options) for sample in group)]
         groups += kept
         num_dropped += len(drawn) - len(kept)
@@ -49,6 +51,10 @@ def generate_rollout(
                 f"all conversations are longer than --rollout-max-context-len {options.max_context_len}: raise it, or "
                 "use --sft-overlong cut."
             )
+    if not groups:
+        raise ValueError(
+            "the data source gave no conversations: its end is reached, or its get_samples returns nothing"
+        )
     samples = [sample for group in groups for sample in group]
     metrics = {
         "rollout/sft_truncated": sum(sample.status is SampleStatus.TRUNCATED for sample in samples),

@@ -60,12 +60,12 @@ def without_stale(args: Any, rollout_id: int, groups: Groups, data_source: DataS
     if stale:
         logger.warning("rollout %d: %d of %d groups too old, %d of them sampled anew", rollout_id, len(stale),
                        len(groups), len(returned))  # fmt: skip
-    kept = {id(group) for group in stale}
+    stale_ids = {id(group) for group in stale}
     metrics = {
         "rollout/staleness/num_refreshed": float(len(returned)),
         "rollout/staleness/num_dropped": float(len(stale) - len(returned)),
     }
-    return FreshGroups([group for group in groups if id(group) not in kept], metrics)
+    return FreshGroups([group for group in groups if id(group) not in stale_ids], metrics)
 
 
 class NotOnPolicy(RuntimeError):

@@ -213,6 +213,9 @@ def test_a_data_source_that_ends_early_gives_a_smaller_rollout_and_then_an_error
     assert [len(rollout(args, rollout_id, source).samples) for rollout_id in range(2)] == [2, 1]
     with pytest.raises(ValueError, match="the data source gave no samples"):
         rollout(args, 2, source)
+    source.get_samples = lambda num_samples: None  # type: ignore[assignment, method-assign, return-value]
+    with pytest.raises(ValueError, match="or its get_samples returns nothing"):
+        rollout(args, 3, source)
 
 
 # --- partial rollouts

@@ -95,6 +95,16 @@ def test_a_rollout_ends_where_every_conversation_is_too_long(make_args):
         roll(args)
 
 
+def test_a_data_source_that_ends_gives_a_shorter_rollout_and_then_a_sentence(make_args):
+    args = make_args(CONVERSATION, rollout_batch_size=3)
+    source = RolloutDataSource(args)
+    take = source.get_samples
+    source.get_samples = lambda count: take(min(count, 2 - source.sample_group_index))
+    assert len(generate_rollout(args, 0, source).samples) == 2
+    with pytest.raises(ValueError, match="the data source gave no conversations"):
+        generate_rollout(args, 1, source)
+
+
 def test_a_long_conversation_may_stop_the_run(make_args):
     args = make_args(CONVERSATION[2:4], CONVERSATION, sft_overlong="error", rollout_max_context_len=LIMIT)
     with pytest.raises(ValueError, match=f"sample 1, .*tokens, --rollout-max-context-len is {LIMIT}"):
