@@ -128,6 +128,12 @@ class Job:
         logger.info(
             "%s up after %.1f s", "trainers" if fleet is None else "trainers and engines", time.monotonic() - begin
         )
+        if self.start_rollout_id >= self.num_rollout:
+            logger.warning(
+                "nothing is trained: %d rollouts are done, the run has %d (--num-rollout, --num-epoch)",
+                self.start_rollout_id,
+                self.num_rollout,
+            )
 
     def _open_handles(self, fleet: ActorHandle | None) -> None:
         self.progress.begin(self.start_rollout_id, self.num_rollout)

@@ -78,6 +78,8 @@ def test_a_run_that_saves_beside_training_ends_with_the_last_checkpoint_complete
     states = [saved_state(root / "iter_0000002") for root in (save, start.folder / "plain")]
     assert states[0]
     assert differing(*states) == []  # as the run that was never interrupted
+    again = start(*flags, "--resume", "--num-rollout", "3", name="again").succeeds()
+    assert "nothing is trained: 3 rollouts are done, the run has 3" in again.output()
 
 
 def test_a_checkpoint_of_another_model_is_refused(start: Starter) -> None:
