@@ -17,7 +17,7 @@ from slime.utils.processes import Terminated
 _EXPECTED = (ValueError, OSError)
 _FRAME = re.compile(r'^ *File "(?P<file>[^"<]+)", line (?P<line>\d+), in (?P<function>.+)$', re.MULTILINE)
 _PACKAGE = str(Path(slime.__file__).parent)
-_LIBRARY = re.compile(r"/(lib/python3\.\d+|site-packages)/")
+_LIBRARY = re.compile(r"/(lib/python3\.\d+|site-packages|dist-packages)/")
 
 
 @dataclass
