@@ -18,6 +18,7 @@ import yaml
 from slime.cli.errors import reported_errors
 from slime.cli.quickstart_data import TaskFiles, make_tiny_model, write_task
 from slime.config import ConfigError
+from slime.utils.processes import sole_user
 
 SHARED_SETTINGS = {
     "train_backend": "fsdp",
@@ -113,10 +114,16 @@ def run(directory: Path, seed: int) -> Result:
 
 
 def new_directory(directory: Path) -> None:
-    """An empty `directory`. Raises ConfigError where it holds what no quickstart left there."""
+    """An empty `directory`. Raises ConfigError where it holds what no quickstart left there, or one runs there."""
     marker = directory / ".quickstart"
     if directory.exists() and any(directory.iterdir()) and not marker.exists():
         raise ConfigError(f"--output {directory} holds other things. Name a new directory.")
+    for run_dir in filter(Path.is_dir, (directory / "sft", directory / "grpo")):
+        try:
+            with sole_user(run_dir):
+                pass
+        except BlockingIOError as error:
+            raise ConfigError(f"--output {directory}: another quickstart runs there. Name a new directory.") from error
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     marker.touch()
