@@ -193,8 +193,8 @@ OFFLOAD = "--optimizer-cpu-offload"
 def test_a_checkpoint_goes_on_where_it_was_written(
     nccl_world: None, model: Path, tmp_path: Path, way: list[str]
 ) -> None:
-    flags = ["--use-distributed-optimizer", *way]
-    args = settings(model, "megatron", *flags, "--save", str(tmp_path / "save"))
+    flags = ["--use-distributed-optimizer", *way, "--save", str(tmp_path / "save")]
+    args = settings(model, "megatron", *flags)
     backend = megatron(args)
     backend.load()
     recipe = recipe_of(backend, args, tmp_path)
