@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from slime.data.batch import TrainBatch
+from slime.utils.device import to_device
 
 EXPERT_DTYPE = torch.int16
 # A rank without samples still takes part in every collective: two tokens that weigh nothing.
@@ -49,6 +50,7 @@ class PackedBatch:
     routed_experts: Tensor | None = None  # int16 [N, layers, experts of a token] to be replayed; -1: not known, or here
     step_total: float = 1.0  # rollouts of the whole step (or tokens): what a sum over them is divided by for its mean
     weight_total: float = 1.0  # of `loss_weights` in the whole step
+    on_host: PackedBatch | None = None  # what `to` moved: reading it waits for no GPU
 
     @property
     def num_sequences(self) -> int:
@@ -65,9 +67,9 @@ class PackedBatch:
         if self.input_ids.device == device:
             return self
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, on_host=self, **moved)
 
 
 # Fields of a TrainBatch with one value a response token, under the same names here.

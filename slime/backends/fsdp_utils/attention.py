@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from slime.backends.fsdp_utils.context_parallel import ContextGroup
 from slime.backends.fsdp_utils.prompt_sharing import Sharing
 from slime.backends.shared.varlen import Lengths, varlen_attention
+from slime.utils.device import to_device
 
 NAME = "packed"
 _SHORTEST_IN_BUCKET = 0.7  # of the longest: at most 30% of a padded batch is padding
@@ -36,7 +36,7 @@ class Bucket:
 
     def to(self, device: torch.device) -> Bucket:
         """The same on `device`."""
-        return Bucket(self.gather.to(device), self.packed.to(device), self.padded.to(device))
+        return Bucket(*(to_device(tensor, device) for tensor in (self.gather, self.packed, self.padded)))
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Packing:
     def cu_seqlens(self) -> Tensor:
         """int32 [S + 1]: where each sequence starts, and the end."""
         ends = torch.tensor(self.sequence_lengths).cumsum(0)
-        return F.pad(ends, (1, 0)).to(self.device, torch.int32)
+        return to_device(F.pad(ends, (1, 0)).to(torch.int32), self.device)
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -123,7 +123,7 @@ def packed_attention(
 def _bucketed(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [U, heads, D]
+    rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]  # [U, heads, D]
     outputs = []
     for bucket in packing.buckets:
         batch, length = bucket.gather.shape
@@ -154,17 +154,20 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [U, heads, D]
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [U, heads, D]
     sharing = packing.sharing
     if sharing is not None:
-        q, k, v = (tensor.index_select(0, sharing.place) for tensor in (q, k, v))  # [N, heads, D]
+        q, k, v = (sharing.spread(tensor) for tensor in (q, k, v))  # [N, heads, D]
     longest = max(packing.sequence_lengths)
     lengths = Lengths(packing.cu_seqlens, packing.cu_seqlens, longest, longest)
     out = varlen_attention(q, k, v, lengths, scale=scaling, window=window)
-    return (out if sharing is None else out[sharing.first])[None]
+    return (out if sharing is None else sharing.collect(out))[None]
 
 
 def register_packed_attention() -> None:
-    """Make `attn_implementation="packed"` known to transformers; a mask is never built for it."""
+    """Make `attn_implementation="packed"` known to transformers.
+
+    It builds no mask for a name that its `AttentionMaskInterface` does not know, and looks at no position, which would
+    wait for the GPU.
+    """
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

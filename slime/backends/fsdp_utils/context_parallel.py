@@ -36,13 +36,13 @@ class ContextGroup:
     rank: int
     size: int
 
-    def deal(self, sharing: Sharing | None, num_tokens: int, device: torch.device) -> Sharing:
+    def deal(self, sharing: Sharing | None, num_tokens: int) -> Sharing:
         """The tokens that are computed, those of rank 0 first, then those of rank 1, as many on each.
 
-        sharing: which of the pack's `num_tokens` are computed; None for all.
+        sharing: which of the pack's `num_tokens` are computed, on the host; None for all.
         """
-        every = torch.arange(num_tokens, device=device)
-        first, place = (every, every) if sharing is None else sharing
+        every = torch.arange(num_tokens)
+        first, place = (every, every) if sharing is None else sharing[:2]
         length = -(-len(first) // self.size)
         first = torch.cat([first, first[:1].expand(self.size * length - len(first))])
         return Sharing(first.view(length, self.size).t().flatten(), place % self.size * length + place // self.size)
@@ -57,7 +57,7 @@ class ContextGroup:
         Heads of keys and values that P does not divide are repeated first, so that each rank has those it needs.
         """
         repeated = [tensor.repeat_interleave(self._repeats(tensor.shape[1]), dim=1) for tensor in tensors]
-        parts = [tensor[0].unflatten(0, (self.size, -1)).transpose(1, 2).flatten(2) for tensor in repeated]
+        parts = [tensor.squeeze(0).unflatten(0, (self.size, -1)).transpose(1, 2).flatten(2) for tensor in repeated]
         received = self._exchange(torch.cat(parts, dim=2)).flatten(0, 1).split([part.shape[2] for part in parts], dim=1)
         return [
             part.unflatten(1, (-1, tensor.shape[3])).transpose(0, 1)[None]
@@ -69,7 +69,7 @@ class ContextGroup:
 
     def to_tokens(self, out: Tensor) -> Tensor:
         """The way back: all heads of this rank's tokens, [1, P x L, H / P, D] -> [1, L, H, D]."""
-        received = self._exchange(out[0].unflatten(0, (self.size, -1)).flatten(2))
+        received = self._exchange(out.squeeze(0).unflatten(0, (self.size, -1)).flatten(2))
         return received.transpose(0, 1).unflatten(2, out.shape[2:]).flatten(1, 2)[None]
 
     def _exchange(self, parts: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from slime.backends.shared.routing_replay import RoutingReplay
 from slime.backends.shared.target_log_probs import LogitRule, target_log_probs
 from slime.data.packed import PackedBatch
 from slime.training.backend import TokenOutputs, Wants
+from slime.utils.device import to_device
 
 
 class TokenModel(nn.Module):
@@ -103,29 +104,33 @@ def target_outputs(
     replay: routers that follow the experts which `batch` knows; of equal prompts the first one's.
     """
     is_packed = cast(PreTrainedModel, decoder).config._attn_implementation == attention.NAME
-    sharing = shared_prompts(batch) if share_prompts and is_packed else None
-    source_T = batch.target_index - 1
-    first = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
+    host, device = batch.on_host or batch, batch.input_ids.device
+    sharing = shared_prompts(host) if share_prompts and is_packed else None
+    source_T = host.target_index - 1
+    first = torch.arange(len(host.input_ids))
     if context is not None:
-        sharing = context.deal(sharing, len(first), first.device)
+        sharing = context.deal(sharing, len(first))
     if sharing is not None:
         first = sharing.first if context is None else context.share(sharing.first)
         source_T = sharing.place[source_T]
+        sharing = sharing.to(device)
+    own = None if context is None else (source_T // len(first) == context.rank).nonzero()[:, 0]
+    source_O = to_device(source_T if own is None else source_T[own] % len(first), device)
+    first = to_device(first, device)
     is_trained = torch.is_grad_enabled()
-    with replay.following(batch, first, device=first.device, is_trained=is_trained) if replay else nullcontext():
+    with replay.following(batch, first, device=device, is_trained=is_trained) if replay else nullcontext():
         output = decoder(
             input_ids=batch.input_ids[first][None],
             position_ids=batch.position_ids[first][None],
             attention_mask=None,
             use_cache=False,  # with a cache transformers would take the pack for one sequence
-            packing=attention.Packing(batch.sequence_lengths, first.device, sharing, context),
+            packing=attention.Packing(batch.sequence_lengths, device, sharing, context),
         )
-    hidden = cast(Tensor, output.last_hidden_state)[0]
-    if context is None:
-        return head(hidden.index_select(0, source_T), batch.targets)
-    own = (source_T // len(hidden) == context.rank).nonzero()[:, 0]
-    outputs = head(hidden.index_select(0, source_T[own] % len(hidden)), batch.targets[own])
-    return context.complete(outputs, own, len(source_T))
+    hidden = cast(Tensor, output.last_hidden_state).squeeze(0)
+    if context is None or own is None:
+        return head(hidden.index_select(0, source_O), batch.targets)
+    places = to_device(own, device)
+    return context.complete(head(hidden.index_select(0, source_O), batch.targets[places]), places, len(source_T))
 
 
 def _of_targets(logits_TV: Tensor, targets_T: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:

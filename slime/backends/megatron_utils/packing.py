@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slime.backends.megatron_utils.rotary import Rotation
 from slime.data.packed import PackedBatch
+from slime.utils.device import to_device
 
 
 class Split(NamedTuple):
@@ -85,12 +86,12 @@ def inputs_of(batch: PackedBatch, split: Split, device: torch.device, *, on_devi
     predictors_T = local_of[places_N[batch.target_index - 1]]
     kept = (predictors_T >= 0).nonzero()[:, 0]
     return Inputs(
-        input_ids=input_ids[held_n][None].to(device),
-        position_ids=position_ids[held_n][None].to(device),
+        input_ids=to_device(input_ids[held_n][None], device),
+        position_ids=to_device(position_ids[held_n][None], device),
         packing=_packing(lengths, split, device, on_device=on_device),
-        predictors=predictors_T[kept].to(device),
-        targets=batch.targets[kept].to(device),
-        kept=kept.to(device),
+        predictors=to_device(predictors_T[kept], device),
+        targets=to_device(batch.targets[kept], device),
+        kept=to_device(kept, device),
         batch=replace(tokens_of(batch, kept), routed_experts=None).to(device),
         whole=batch,
         places=packed_of[held_n].chunk(split.tensor_size)[split.tensor_rank],
@@ -137,7 +138,7 @@ def _places(lengths: list[int], padded: list[int]) -> Tensor:
 
 def _packing(lengths: list[int], split: Split, device: torch.device, *, on_device: bool) -> Packing:
     cu_seqlens = _cumulative(lengths)
-    cu_seqlens = cu_seqlens.to(device) if on_device else cu_seqlens
+    cu_seqlens = to_device(cu_seqlens, device) if on_device else cu_seqlens
     segments = _segments(lengths, split)
     return Packing(
         qkv_format="thd",
@@ -148,9 +149,9 @@ def _packing(lengths: list[int], split: Split, device: torch.device, *, on_devic
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         segments=segments,
-        key_index=_key_index(lengths, split).to(device) if split.context_size > 1 else None,
-        cu_queries=_cumulative([segment.num_queries for segment in segments]).to(device),
-        cu_keys=_cumulative([segment.num_keys for segment in segments]).to(device),
+        key_index=to_device(_key_index(lengths, split), device) if split.context_size > 1 else None,
+        cu_queries=to_device(_cumulative([segment.num_queries for segment in segments]), device),
+        cu_keys=to_device(_cumulative([segment.num_keys for segment in segments]), device),
     )
 
 

@@ -222,7 +222,7 @@ def test_a_checkpoint_goes_on_at_another_context_size(computed: Path, models: Pa
 
 def deal(sharing: Any, num_tokens: int, size: int) -> Any:
     group: Any = None  # it is not asked
-    return ContextGroup(group, 0, size).deal(sharing, num_tokens, torch.device("cpu"))
+    return ContextGroup(group, 0, size).deal(sharing, num_tokens)
 
 
 def test_tokens_are_dealt_in_turn_and_a_place_left_over_repeats_the_first() -> None:

@@ -29,6 +29,28 @@ def test_the_worked_example() -> None:
     assert sharing is not None
     assert sharing.first.tolist() == [0, 1, 2, 3, 6, 7, 8]
     assert sharing.place.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6]
+    assert sharing.again is not None
+    assert sharing.again.tolist() == [4, 5]
+    assert sharing.owner is not None
+    assert sharing.owner.tolist() == [0, 1]
+
+
+def test_activations_and_their_gradients_are_those_of_plain_indexing() -> None:
+    sharing = shared_prompts(packed((P, [1, 2]), (P, [3]), (P, [4, 5, 6]), (Q, [4])))
+    assert sharing is not None
+    plain = sharing._replace(again=None, owner=None)
+    torch.manual_seed(0)
+    computed = torch.randn(len(sharing.first), 3, 2, dtype=torch.float64)
+    outputs, gradients = [], []
+    for each in (sharing, plain):
+        leaf = computed.clone().requires_grad_()
+        spread = each.spread(leaf)
+        collected = each.collect(spread.square() * torch.arange(1.0, len(sharing.place) + 1)[:, None, None])
+        (collected.sin().sum() + spread.cos().sum()).backward()
+        outputs.append((spread.detach(), collected.detach()))
+        gradients.append(leaf.grad)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
