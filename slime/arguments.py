@@ -173,6 +173,7 @@ def _from_custom_file(path: str, plugin_settings: dict[str, Any]) -> dict[str, A
 
 def _check_supported(args: Args) -> None:
     if args.train_backend == "megatron" and not args.debug_rollout_only:
+        _check_none_of_fsdp(args)
         check_megatron(args, args)
     if not args.debug_train_only:
         _check_engine(args)
@@ -190,6 +191,16 @@ def _check_supported(args: Args) -> None:
         check_model_directory(model.model_path, f"--sglang-config: the model_path of {model.name}")
     if args.ref_load is not None and not Path(args.ref_load).is_dir():
         raise ConfigError(f"--ref-load: there is no directory {args.ref_load}.")
+
+
+def _check_none_of_fsdp(args: Args) -> None:
+    """What would have no effect with Megatron, and memory run out for it."""
+    for is_given, what in (
+        (args.fsdp_cpu_offload, "--fsdp-cpu-offload is of FSDP: --train-backend megatron has --optimizer-cpu-offload."),
+        (args.gradient_checkpointing, "--gradient-checkpointing is of FSDP: Megatron has --recompute-granularity."),
+    ):
+        if is_given:
+            raise ConfigError(what)
 
 
 def _check_engine(args: Args) -> None:

@@ -203,6 +203,8 @@ def test_flags_become_typed_settings(base: list[str]) -> None:
             "--context-parallel-size 3 must divide the query heads of the model",
         ),
         (["--optimizer-cpu-offload"], "--train-backend fsdp has --fsdp-cpu-offload"),
+        (["--train-backend", "megatron", "--fsdp-cpu-offload"], "--train-backend megatron has --optimizer-cpu-offload"),
+        (["--train-backend", "megatron", "--gradient-checkpointing"], "Megatron has --recompute-granularity"),
         (["--hf-checkpoint", "absent"], "--hf-checkpoint: there is no directory absent."),
         (["--hf-checkpoint", "."], "--hf-checkpoint: . has no config.json"),
         (["--ref-load", "absent"], "--ref-load: there is no directory absent."),

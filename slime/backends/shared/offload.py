@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar, cast
 
 import torch
@@ -53,8 +54,9 @@ class HostBuffer:
             self._is_locked = False
         self._bytes = self._bytes[:0].clone()
 
-    def __del__(self) -> None:
-        self._release()
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # then torch is half gone, and the memory goes with the process
+            self._release()
 
 
 class HostCopy:
